@@ -1,0 +1,134 @@
+# Mirror of src_cuda/include/neurogen; nothing else. Contracts are in the headers.
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
+from libcpp cimport bool
+from libcpp.memory cimport unique_ptr
+from libcpp.pair cimport pair
+from libcpp.string cimport string
+from libcpp.vector cimport vector
+
+
+cdef extern from "neurogen/spec.h" namespace "neurogen" nogil:
+    cdef cppclass RegionSpec:
+        string name
+        int neurons
+        int level
+
+    cdef cppclass ProjectionSpec:
+        string key
+        int src
+        int dst
+        int delay
+        bool gate
+        int blocks_per_row
+        vector[int32_t] cols
+
+    cdef cppclass ModelSpec:
+        int vocab
+        int dim
+        vector[RegionSpec] regions
+        vector[ProjectionSpec] projections
+        bool graded
+        bool tied
+        float surrogate_k
+        float rate_target
+        float rate_weight
+        float dropout
+        int streams
+        int max_tokens
+        int threads
+        uint64_t seed
+
+
+cdef extern from "neurogen/model.h" namespace "neurogen" nogil:
+    cdef cppclass Tensor:
+        string key
+        vector[int64_t] shape
+        void* data
+        float* gradient
+        float* moment1
+        float* moment2
+        int64_t size()
+
+    cdef cppclass State:
+        int streams()
+        vector[Tensor] arrays() except +
+        void clear(const uint8_t*) except +
+
+    cdef cppclass Tokens:
+        int streams
+        int tokens
+        const int32_t* ids
+        const uint8_t* resets
+
+    cdef enum class Normalize:
+        sum
+        absolute
+
+    cdef cppclass Targets:
+        const int32_t* ids
+        const float* weights
+        Normalize normalize
+        double divisor
+        int32_t* predictions
+
+    cdef cppclass CAdamW "neurogen::AdamW":
+        double lr
+        double beta1
+        double beta2
+        double eps
+        double weight_decay
+        double clip
+        int64_t step
+
+    cdef cppclass StepStats:
+        double loss
+        double homeostasis
+        double grad_norm
+        int64_t correct
+        int64_t tokens
+        bool finite
+
+    cdef cppclass Sampling:
+        float temperature
+        int top_k
+        float top_p
+        bool greedy
+        uint64_t seed
+        uint64_t position
+
+    cdef cppclass Counters:
+        int64_t launches
+        int64_t syncs
+        int64_t h2d_bytes
+        int64_t d2h_bytes
+        int64_t device_allocations
+        int64_t host_allocations
+
+    cdef cppclass Model:
+        vector[Tensor]& tensors() except +
+        void parameters_written() except +
+        void gradients_exposed() except +
+        State& state() except +
+        unique_ptr[State] new_state(int) except +
+        void train(const Tokens&, const Targets&, const CAdamW&, uint64_t, StepStats*) except +
+        void backward(const Tokens&, const Targets&, uint64_t, bool, StepStats*) except +
+        void update(const CAdamW&, StepStats*) except +
+        void advance(State&, const Tokens&, float*) except +
+        double evaluate(State&, const Tokens&, const int32_t*) except +
+        void step(const float*, bool) except +
+        void learn_held(const int32_t*, const Targets&, const CAdamW&, StepStats*) except +
+        void broca_output(float*) except +
+        void encode(const int32_t*, int64_t, float*) except +
+        void logits(const float*, int64_t, float*) except +
+        void sample(const float*, int64_t, const Sampling&, int32_t*) except +
+        double rate(int) except +
+        const float* recorded_u(int) except +
+        const float* recorded_s(int) except +
+        Counters counters() except +
+
+    ctypedef vector[pair[string, int64_t]] MemoryPlan
+    ctypedef void (*Sgemm)(char*, char*, int*, int*, int*, float*, float*, int*, float*, int*, float*, float*,
+                           int*) noexcept
+    unique_ptr[Model] make_cpu_model(const ModelSpec&, Sgemm) except +
+    MemoryPlan cpu_memory_plan(const ModelSpec&) except +
+    const char* cpu_instruction_set() except +

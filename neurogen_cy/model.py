@@ -1,0 +1,437 @@
+"""NeuroGen: a spiking brain language model, the face of the native backends."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+
+from neurogen_cy import backend as backends
+from neurogen_cy import generation, persistence
+from neurogen_cy.config import Config
+from neurogen_cy.connectome import initial_parameters
+from neurogen_cy.optimizer import AdamW
+from neurogen_cy.threads import default_threads
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a training call did.
+
+    Attributes
+    ----------
+    loss : float
+        Weighted cross-entropy in nats, without homeostasis.
+    homeostasis : float
+        The firing-rate term; gradients are of the sum of both.
+    accuracy : float
+        Share of tokens of non-zero weight whose most probable prediction was the target (0 where there are none).
+    tokens : int
+        Tokens of non-zero weight.
+    grad_norm : float or None
+        Global gradient norm before clipping; None from `backward_batch`.
+    rates : dict of str to float
+        Mean firing rate of each region, spikes per neuron and token.
+    predictions : int32 array [B, T] or None
+        What was passed as `predictions_out`, filled.
+    """
+
+    loss: float
+    homeostasis: float
+    accuracy: float
+    tokens: int
+    grad_norm: float | None
+    rates: dict[str, float]
+    predictions: Any = None
+
+
+def memory_plan(
+    cfg: Config, streams: int = 1, max_tokens: int = 128, backend: str = "auto", threads: int | None = None
+) -> dict[str, int]:
+    """Bytes by part that a model would allocate; nothing is allocated."""
+    module = backends.load(backend)[1]
+    plan = module.memory_plan(cfg, _count("streams", streams), _count("max_tokens", max_tokens),
+                              default_threads() if threads is None else _count("threads", threads))
+    return dict(plan)
+
+
+def _count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name}: expected an integer >= 1, got {value!r}")
+    if not 1 <= value < 2**31:
+        raise ValueError(f"{name}: expected an integer in 1..2**31-1, got {value!r}")
+    return int(value)
+
+
+def _choice(name: str, value: Any, *choices: Any) -> Any:
+    if value not in choices:
+        raise ValueError(f"{name}: expected {' or '.join(repr(choice) for choice in choices)}, got {value!r}")
+    return value
+
+
+class NeuroGen:
+    """A spiking brain language model: token embedding, cortical regions, Broca's area, vocabulary decoder.
+
+    Learns by batched e-prop (Bellec et al. 2020, with exact spatial credit): one call trains on B streams of T
+    tokens, state carries over from call to call, memory depends on T and never on the length of the text.
+
+    Parameters
+    ----------
+    config : Config
+    backend : {"auto", "cpu", "cuda"}
+    device : int
+        CUDA device; must be 0 on the CPU.
+    streams : int
+        B, independent text streams of one call.
+    max_tokens : int
+        Largest T of one call.
+    seed : int in 0..2**64-1
+        Draws the initial values, keys dropout, and is the default of sampling.
+    precision : {None, "fp32"}
+        The CPU computes in float32.
+    threads : int or None
+        CPU threads; None = every core this process may use.
+    optimizer : AdamW or None
+    sync : {"block", "spin"}
+        How the host waits for a device; the CPU has nothing to wait for.
+    nonfinite : {"raise", "skip"}
+        What a non-finite loss or gradient norm does: FloatingPointError, or a skipped (and counted) step. Weights,
+        moments and neuron state stay as they were either way.
+
+    Attributes
+    ----------
+    embedding, brain, decoder : TokenEmbedding, Brain, Decoder
+    step : int
+        Optimizer steps done.
+    skipped : int
+        Training calls that `nonfinite="skip"` skipped.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        backend: str = "auto",
+        device: int = 0,
+        streams: int = 1,
+        max_tokens: int = 128,
+        seed: int = 0,
+        precision: str | None = None,
+        threads: int | None = None,
+        optimizer: AdamW | None = None,
+        sync: str = "block",
+        nonfinite: str = "raise",
+        *,
+        _parameters: Mapping[str, NDArray[Any]] | None = None,
+    ) -> None:
+        if not isinstance(config, Config):
+            raise TypeError(f"config: expected a neurogen_cy.Config, got {type(config).__name__}")
+        if optimizer is not None and not isinstance(optimizer, AdamW):
+            raise TypeError(f"optimizer: expected a neurogen_cy.AdamW, got {type(optimizer).__name__}")
+        self.backend, self._module = backends.load(backend)
+        self.config = config
+        self.device = _choice("device", device, 0)
+        self.streams, self.max_tokens = _count("streams", streams), _count("max_tokens", max_tokens)
+        self.precision = _choice("precision", precision, None, "fp32") or "fp32"
+        self.threads = default_threads() if threads is None else _count("threads", threads)
+        self.optimizer = AdamW() if optimizer is None else optimizer
+        self.sync = _choice("sync", sync, "block", "spin")
+        self.nonfinite = _choice("nonfinite", nonfinite, "raise", "skip")
+        self._check_memory()
+        values = initial_parameters(config, seed) if _parameters is None else dict(_parameters)
+        self.seed = int(seed)
+        topology = {
+            key[: -len(".cols")]: np.ascontiguousarray(values.pop(key)) for key in list(values) if key.endswith(".cols")
+        }
+        values = {key: value for key, value in values.items() if not key.endswith(".rows")}
+        self._engine = self._module.Engine(
+            config, topology, self.streams, self.max_tokens, self.threads, self.seed
+        )
+        self._engine.load_parameters(values)
+        self._views = self._engine.parameters()
+        self.embedding = self._module.TokenEmbedding(self._engine)
+        self.brain = self._module.Brain(self._engine)
+        self.decoder = self._module.Decoder(self._engine)
+        self.step = 0
+        self.calls = 0  # training calls made; keys dropout
+        self.skipped = 0
+
+    def _check_memory(self) -> None:
+        plan = self._module.memory_plan(self.config, self.streams, self.max_tokens, self.threads)
+        total, free = sum(plan.values()), psutil.virtual_memory().available
+        if total > free:
+            table = "\n".join(f"  {part:<22}{size / 2**20:12,.1f} MiB" for part, size in plan.items())
+            raise MemoryError(
+                f"this model needs {total / 2**20:,.1f} MiB at streams={self.streams}, max_tokens={self.max_tokens}, "
+                f"and {free / 2**20:,.1f} MiB are free:\n{table}"
+            )
+
+    # ---- learning ----------------------------------------------------------------------------------------------
+
+    def train_step_batch(
+        self,
+        ids: Any,
+        targets: Any,
+        weights: Any = None,
+        resets: Any = None,
+        *,
+        normalize: str = "sum",
+        lr: float | None = None,
+        predictions_out: Any = None,
+        record: bool = False,
+    ) -> StepResult:
+        """One optimizer step on B streams of T tokens, in one native call.
+
+        Parameters
+        ----------
+        ids, targets : int32 or int64 array [B, T], or [T] if B = 1
+            What is heard, and what should have been said next; 1 <= T <= max_tokens.
+        weights : float32 array like ids, optional
+            Weight of each token's loss, 1 by default; 0 masks. A reward signal is a weight.
+        resets : bool or uint8 array like ids, optional
+            True clears that stream's state before the token (a document starts).
+        normalize : {"sum", "abs"}
+            Divide by the sum of weights (which must not be negative), or of their magnitudes.
+        lr : float, optional
+            Learning rate of this step instead of the optimizer's.
+        predictions_out : int32 array like ids, optional
+            Gets the most probable token at every position.
+        record : bool
+            Keep membrane and spikes of this call for `recorded`.
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError
+            Before anything is touched; the message names the argument, expected and got.
+        FloatingPointError
+            With nonfinite="raise", when the loss or the gradient norm is not finite.
+        """
+        adam = self.optimizer.arguments(self.step + 1, lr)
+        return self._train(ids, targets, weights, resets, normalize, None, predictions_out, record, adam, False)
+
+    def backward_batch(
+        self,
+        ids: Any,
+        targets: Any,
+        weights: Any = None,
+        resets: Any = None,
+        *,
+        normalize: str = "sum",
+        accumulate: bool = False,
+        divisor: float | None = None,
+        predictions_out: Any = None,
+        record: bool = False,
+    ) -> StepResult:
+        """`train_step_batch` without the update: advances state and fills `gradients()`.
+
+        `accumulate` adds to the gradients instead of overwriting them; `divisor` (>= 0) replaces the sum of weights,
+        so that parts of a batch add up to the whole. The homeostasis term is of this call's own rates.
+        """
+        return self._train(
+            ids, targets, weights, resets, normalize, divisor, predictions_out, record, None, bool(accumulate)
+        )
+
+    def optimizer_step(self, lr: float | None = None) -> float:
+        """AdamW on the gradients as they stand; returns their norm before clipping. They are not cleared."""
+        norm, finite = self._engine.update(self.optimizer.arguments(self.step + 1, lr))
+        self._guard(finite, f"gradient norm {norm}")
+        self.step += bool(finite)
+        return float(norm)
+
+    def train_step(self, ids: Any, targets: Any) -> StepResult:
+        """The user's loop, token by token: copies, a decision on the host and an update for every single token.
+
+        Kept to be measured against `train_step_batch`; it learns, with T = 1 (no credit through time). Dropout is
+        not applied.
+        """
+        ids, targets = self._columns(ids, "ids"), self._columns(targets, "targets")
+        if ids.shape != targets.shape:
+            raise ValueError(f"targets: expected shape {ids.shape}, got {targets.shape}")
+        results = []
+        for token in range(ids.shape[1]):
+            now = np.ascontiguousarray(ids[:, token])
+            self.brain.step(self.embedding.encode(now), hold=True)
+            said = np.empty(self.streams, np.int32)
+            self.decoder.sample_into(self.brain.broca_output(), said, greedy=True)
+            results.append(self._held_step(now, np.ascontiguousarray(targets[:, token])))
+        mean = lambda name: float(np.mean([getattr(result, name) for result in results]))
+        rates = {name: float(np.mean([result.rates[name] for result in results])) for name in results[0].rates}
+        return StepResult(mean("loss"), mean("homeostasis"), mean("accuracy"), ids.size, mean("grad_norm"), rates)
+
+    def _columns(self, tokens: Any, name: str) -> NDArray[Any]:
+        array = np.asarray(tokens)
+        array = array[None] if array.ndim == 1 and self.streams == 1 else array
+        if array.dtype not in (np.int32, np.int64):
+            raise TypeError(f"{name}: expected dtype int32 or int64, got {array.dtype}")
+        if array.ndim != 2 or array.shape[0] != self.streams or array.shape[1] == 0:
+            raise ValueError(f"{name}: expected shape [{self.streams}, T], got {array.shape}")
+        if array.min() < 0 or array.max() >= self.config.vocab_size:
+            raise IndexError(f"{name}: expected token ids in 0..{self.config.vocab_size - 1}, got "
+                             f"{array.min()}..{array.max()}")
+        return array
+
+    def _held_step(self, ids: NDArray[Any], targets: NDArray[Any]) -> StepResult:
+        result, finite = self._result(self._engine.learn_held(ids, targets, self.optimizer.arguments(self.step + 1)))
+        self._guard(finite, f"loss {result.loss}, gradient norm {result.grad_norm}")
+        self.step += finite
+        return result
+
+    def _train(
+        self, ids: Any, targets: Any, weights: Any, resets: Any, normalize: str, divisor: float | None,
+        predictions_out: Any, record: bool, adam: tuple[Any, ...] | None, accumulate: bool,
+    ) -> StepResult:
+        result, finite = self._result(self._engine.train(
+            ids, targets, weights, resets, normalize, divisor, predictions_out, record, self.calls, adam, accumulate
+        ))
+        if adam is None:
+            result = replace(result, grad_norm=None)
+        self._guard(finite, f"loss {result.loss}, gradient norm {result.grad_norm}")
+        self.calls += finite
+        self.step += finite and adam is not None
+        return result if predictions_out is None else replace(result, predictions=predictions_out)
+
+    def _result(self, statistics: tuple[Any, ...]) -> tuple[StepResult, bool]:
+        loss, homeostasis, correct, tokens, grad_norm, finite, rates = statistics
+        names = (region.name for region in self.config.regions)
+        result = StepResult(loss, homeostasis, correct / tokens if tokens else 0.0, tokens, grad_norm,
+                            dict(zip(names, rates)))
+        return result, bool(finite)
+
+    def _guard(self, finite: bool, what: str) -> None:
+        if finite:
+            return
+        if self.nonfinite == "raise":
+            raise FloatingPointError(
+                f"step {self.step + 1}: expected a finite loss and gradient, got {what}; weights, moments and neuron "
+                "state are unchanged"
+            )
+        self.skipped += 1
+
+    # ---- running -----------------------------------------------------------------------------------------------
+
+    def evaluate(self, ids: Any, targets: Any, resets: Any = None) -> float:
+        """Mean cross-entropy in nats per token, over streams of any number and length, each from zero state.
+
+        Parameters
+        ----------
+        ids, targets : int32 or int64 array [S, L] (or [L])
+        resets : bool or uint8 array like ids, optional
+
+        The model's own state is not touched.
+        """
+        arrays = [np.atleast_2d(np.asarray(values)) for values in (ids, targets)]
+        flags = None if resets is None else np.atleast_2d(np.asarray(resets))
+        shape = arrays[0].shape
+        for name, values in (("targets", arrays[1]), ("resets", flags)):
+            if values is not None and values.shape != shape:
+                raise ValueError(f"{name}: expected shape {shape}, got {values.shape}")
+        if len(shape) != 2 or 0 in shape:
+            raise ValueError(f"ids: expected shape [S, L] with at least one token, got {shape}")
+        rows = self.streams * self.max_tokens
+        total = 0.0
+        for first in range(0, shape[0], rows):
+            group = slice(first, min(first + rows, shape[0]))
+            streams = group.stop - group.start
+            window = rows // streams
+            state = self._engine.new_state(streams)
+            for begin in range(0, shape[1], window):
+                part = (group, slice(begin, min(begin + window, shape[1])))
+                cut = [None if a is None else np.ascontiguousarray(a[part]) for a in (*arrays, flags)]
+                total += self._engine.evaluate(state, *cut, part[1].stop - begin)
+        return total / (shape[0] * shape[1])
+
+    def generate(
+        self,
+        prompts: Any,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        greedy: bool = False,
+        seed: int | None = None,
+        stop_ids: Sequence[int] = (),
+        carry: bool = False,
+    ) -> Iterator[NDArray[np.int32]]:
+        """Continue prompts; yields the next token of every stream, int32 [S], until all have stopped.
+
+        Parameters
+        ----------
+        prompts : sequence of 1-D integer arrays, or one
+            Of any lengths >= 1; S of them side by side.
+        max_new_tokens : int
+        temperature, top_k, top_p, greedy
+            See `Decoder.sample_into`.
+        seed : int, optional
+            The same seed continues the same way; the model's own by default.
+        stop_ids : ids after which a stream yields -1
+        carry : bool
+            Continue from the model's own state and leave it advanced (a conversation; S = B), instead of zero.
+        """
+        return generation.generate(
+            self, prompts, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy, seed=seed,
+            stop_ids=stop_ids, carry=carry,
+        )
+
+    # ---- looking -----------------------------------------------------------------------------------------------
+
+    def parameters(self) -> dict[str, Any]:
+        """{key: read-only zero-copy view} of every model tensor, constants and block coordinates too."""
+        return dict(self._views)
+
+    def load_parameters(self, values: Mapping[str, Any]) -> None:
+        """Overwrite float32 parameters by key (any of them); nothing changes unless all of them fit."""
+        self._engine.load_parameters(values)
+
+    def gradients(self) -> dict[str, Any]:
+        """{key: writable zero-copy view} of every trainable tensor's gradient, the embedding's dense."""
+        return dict(self._engine.gradients())
+
+    def state(self) -> dict[str, NDArray[np.float32]]:
+        """Neuron state as arrays: region.<name>.v, .w [B, n], .spikes [B, K, n] (newest first), broca.o [B, D]."""
+        return dict(self._engine.own_state().arrays())
+
+    def load_state(self, values: Mapping[str, Any]) -> None:
+        """Put a state back that `state` gave; nothing changes unless every array fits."""
+        self._engine.own_state().load(values)
+
+    def recorded(self, region: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """u (distance to threshold) and s (spikes), [B, T, n] each, of the last call, made with record=True."""
+        names = [known.name for known in self.config.regions]
+        if region not in names:
+            raise ValueError(f"region: expected one of {', '.join(names)}, got {region!r}")
+        u, s = self._engine.recorded(names.index(region))
+        return u, s
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Launches, synchronisations, bytes copied each way and allocations of the native library so far."""
+        return dict(self._engine.counters())
+
+    # ---- keeping -----------------------------------------------------------------------------------------------
+
+    def save(
+        self, directory: str | os.PathLike[str], cursor: Mapping[str, Any] | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write a checkpoint directory: weights, moments, neuron state, config, step and what the caller adds.
+
+        `cursor` (where the data stream stands) and `extra` are JSON-able and come back in `meta.json`.
+        """
+        persistence.save(self, directory, cursor, extra)
+
+    @classmethod
+    def load(
+        cls, directory: str | os.PathLike[str], backend: str = "auto", device: int = 0, streams: int | None = None,
+        max_tokens: int | None = None, **settings: Any,
+    ) -> NeuroGen:
+        """The model of a checkpoint, ready to go on exactly where it stopped.
+
+        With another number of streams the neuron state starts from zero. `settings` are those of the constructor
+        that a checkpoint does not fix: threads, sync, nonfinite, optimizer.
+        """
+        return persistence.load(cls, directory, backend, device, streams, max_tokens, settings)

@@ -1,0 +1,112 @@
+"""What the command line prints, as text: corpus, validation tables, progress, memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from tqdm import tqdm
+
+from neurogen_cy.config import Config
+from neurogen_cy.ngram import baselines
+
+NGRAM_LIMIT = 50_000_000
+"""Longest training text, in bytes, whose n-grams are counted unasked; the time and memory grow with it."""
+
+
+def size_text(count: int) -> str:
+    """Return a number of bytes in the unit that keeps it short, as in "1.5 MB"."""
+    power = max(0, min(4, (len(str(count)) - 1) // 3))
+    return f"{count / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def corpus_text(facts: Mapping[str, Any], training: bytes, validation: bytes) -> str:
+    """Return the lines that say what is read: name, size, hash and split."""
+    return (
+        f"corpus      {facts['name']} ({facts['source']})\n"
+        f"            {facts['bytes']:,} bytes, sha256 {facts['sha256']}\n"
+        f"split       the first {len(training):,} bytes to train, the last {len(validation):,} to validate"
+    )
+
+
+def model_text(name: str, config: Config, backend: str, streams: int, tokens: int) -> str:
+    """Return the line that says what is trained and how wide a step is."""
+    neurons = sum(region.neurons for region in config.regions)
+    return (
+        f"model       {name}: {neurons:,} neurons, {config.weights:,} weights, backend {backend}, "
+        f"{streams} streams x {tokens} tokens a step"
+    )
+
+
+def ngram_bits(training: bytes, validation: bytes) -> dict[int, float]:
+    """Return `{order: bits per byte}` of the 3-, 4- and 5-gram; none for a text above `NGRAM_LIMIT`."""
+    return baselines(training, validation) if len(training) <= NGRAM_LIMIT else {}
+
+
+def ngram_text(bits: Mapping[int, float]) -> str:
+    """Return the line of baselines, in bits per byte."""
+    if not bits:
+        return f"baselines   left out: n-grams are counted on at most {size_text(NGRAM_LIMIT)} of text"
+    values = ", ".join(f"{order}-gram {value:.3f}" for order, value in sorted(bits.items()))
+    return f"baselines   {values} bits per byte (Witten-Bell, same split)"
+
+
+def validation_table(name: str, nats: float, ngrams: Mapping[int, float]) -> str:
+    """Return a table of validation figures, the best first.
+
+    Parameters
+    ----------
+    name : str
+        What the model is called in it.
+    nats : float
+        Its loss, nats per byte.
+    ngrams : {order: bits per byte}
+        What stands beside it.
+    """
+    rows = [(f"{order}-gram (Witten-Bell)", bits) for order, bits in ngrams.items()]
+    rows.append((name, nats / math.log(2)))
+    width = max(len("validation"), *(len(row) for row, _ in rows))
+    lines = [f"{'validation':{width}}  bits/byte  nats/byte  perplexity"]
+    for row, bits in sorted(rows, key=lambda item: item[1]):
+        lines.append(f"{row:{width}}  {bits:9.4f}  {bits * math.log(2):9.4f}  {2**bits:10.3f}")
+    return "\n".join(lines)
+
+
+class ProgressBar:
+    """A bar over the steps of a run: loss, bits per byte, tokens a second and firing rate.
+
+    Parameters
+    ----------
+    config : Config
+        Its regions weigh the firing rates.
+    done, steps : int
+        Steps done before, and in all.
+    """
+
+    def __init__(self, config: Config, done: int, steps: int) -> None:
+        neurons = {region.name: region.neurons for region in config.regions}
+        self._shares = {name: count / sum(neurons.values()) for name, count in neurons.items()}
+        self._bar = tqdm(total=steps, initial=done, unit="step", mininterval=0.5, dynamic_ncols=True)
+        self._tokens_per_s: float | None = None
+
+    def show(self, record: Mapping[str, Any]) -> None:
+        """Take a record of `train.Trainer.run`: move the bar, or print an evaluation above it."""
+        if record["event"] == "step":
+            now, before = record["tokens_per_s"], self._tokens_per_s
+            self._tokens_per_s = now if before is None else 0.9 * before + 0.1 * now
+            rate = sum(share * record["rates"][name] for name, share in self._shares.items())
+            self._bar.set_postfix_str(
+                f"loss {record['loss']:.3f}, {record['bits_per_byte']:.3f} bits/byte, "
+                f"{self._tokens_per_s:,.0f} tokens/s, firing {rate:.3f}",
+                refresh=False,
+            )
+            self._bar.update()
+        else:
+            mark = ", the best so far" if record["best"] else ""
+            bits = record["validation_bits_per_byte"]
+            self._bar.write(f"step {record['step']}: validation {bits:.3f} bits per byte{mark}")
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self._bar.close()

@@ -1,0 +1,214 @@
+// Batched e-prop (DESIGN section 4): the gradient of the loss with delayed spikes and the soft reset held
+// constant. With the learning signal L = dE/ds of a region, walk t from T-1 down,
+//   lw = rho lw' - (1-alpha) lv',   ls = L + (1-rho) b lw,
+//   lv = alpha lv' + (1-rho) a lw + ls ds/du + rate term,   delta = sqrt(1-alpha^2) lv = dE/dI
+// then dW[block] = sum over rows of e s^T with e = dd (drive), dg (gate) or delta (delayed).
+// Regions go from the highest level down; the work inside a region is parallel over tiles of 32 neurons.
+#include <omp.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "model.h"
+
+namespace neurogen::cpu {
+
+void CpuModel::learn(bool accumulate) {
+  const int dim_tiles = spec_.dim / kBlock;
+  if (!accumulate) clear_embedding_gradient();
+#pragma omp parallel num_threads(threads_)
+  {
+    float* scratch = tile_scratch_ + omp_get_thread_num() * tile_scratch_stride_;
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows_; ++row) unnormalize_row(row);
+#pragma omp for schedule(static)
+    for (int tile = 0; tile < dim_tiles; ++tile) readout_error(tile, scratch);
+    for (auto index = sequence_.rbegin(); index != sequence_.rend(); ++index) {
+#pragma omp for schedule(dynamic)
+      for (int tile = 0; tile < regions_[*index].tiles; ++tile) learn_tile(*index, tile, scratch, accumulate);
+    }
+    for (const Projection& p : projections_) {
+      if (p.spec->src == kFromEmbedding) continue;
+#pragma omp for schedule(dynamic) nowait
+      for (int row = 0; row < p.rows; ++row) weight_gradient(p, row, accumulate);
+    }
+#pragma omp barrier
+    for (const Projection& p : projections_) {
+      if (p.spec->src != kFromEmbedding) continue;
+      const int width = p.rows * kBlock;
+#pragma omp for schedule(static) nowait
+      for (int row = 0; row < p.rows; ++row) segment(error_of(p) + row * kBlock, width, scratch);
+    }
+#pragma omp barrier
+    for (const Projection& p : projections_) {
+      if (p.spec->src != kFromEmbedding) continue;
+#pragma omp for schedule(dynamic) nowait
+      for (int row = 0; row < p.rows; ++row) weight_gradient(p, row, accumulate);
+    }
+#pragma omp for schedule(static)
+    for (int tile = 0; tile < dim_tiles; ++tile) embedding_gradient(tile);
+  }
+}
+
+// dE/d broca -> dE/d o, in place: broca = f o with f = 1/rms.
+void CpuModel::unnormalize_row(int64_t row) {
+  const int64_t dim = spec_.dim;
+  float* error = d_broca_ + row * dim;
+  const float* broca = broca_ + row * dim;
+  double overlap = 0;
+  for (int64_t j = 0; j < dim; ++j) overlap += static_cast<double>(error[j]) * broca[j];
+  const float mean = static_cast<float>(overlap / dim);
+  for (int64_t j = 0; j < dim; ++j) error[j] = inverse_rms_[row] * (error[j] - broca[j] * mean);
+}
+
+// dE/d o -> dE/d (summed readout input), in place: the integrator's adjoint. carry: scratch [S, 32].
+void CpuModel::readout_error(int tile, float* carry) {
+  const float* kappa = kappa_ + tile * kBlock;
+  std::fill_n(carry, int64_t{streams_} * kBlock, 0.0f);
+  for (int64_t row = rows_ - 1; row >= 0; --row) {
+    float* lo = carry + row % streams_ * kBlock;
+    float* error = d_broca_ + row * spec_.dim + tile * kBlock;
+    const bool cut = has_resets_ && resets_[row];
+    for (int j = 0; j < kBlock; ++j) {
+      const float adjoint = error[j] + lo[j];
+      error[j] = (1.0f - kappa[j]) * adjoint;
+      lo[j] = cut ? 0.0f : kappa[j] * adjoint;
+    }
+  }
+}
+
+// What a projection's weights are multiplied with: the error at its receiver, [M, width of dst].
+float* CpuModel::error_of(const Projection& p) const {
+  if (p.spec->dst == spec_.readout()) return d_broca_;
+  const Region& region = regions_[p.spec->dst];
+  return p.spec->gate ? region.error_gate() : p.spec->delay ? region.delta : region.error_drive();
+}
+
+// out (+)= W^T e for one block column: the error that reaches 32 sources through this projection.
+void CpuModel::pull(const Projection& p, int col, int64_t rows, float* out, int64_t ldo, bool add) const {
+  const int32_t begin = p.by_col_start[col], end = p.by_col_start[col + 1];
+  kernels().block_product({out, ldo, error_of(p), int64_t{p.rows} * kBlock, rows, p.blocks, p.by_col_block + begin,
+                           p.by_col_row + begin, end - begin, add});
+}
+
+void CpuModel::learn_tile(int index, int tile, float* scratch, bool accumulate) {
+  Region& region = regions_[index];
+  const int offset = tile * kBlock;
+  float* learning = scratch;
+  bool add = false;
+  for (const Projection* p : region.listeners) {
+    pull(*p, tile, rows_, learning, kBlock, add);
+    add = true;
+  }
+  if (!add) std::fill_n(learning, rows_ * kBlock, 0.0f);
+  for (int64_t row = 0; train_dropout_ && row < rows_; ++row) {
+    float mask[kBlock];
+    dropout_mask(index, tile, static_cast<int>(row / streams_), static_cast<int>(row % streams_), mask);
+    for (int j = 0; j < kBlock; ++j) learning[row * kBlock + j] *= mask[j];
+  }
+  float rate_signal[kBlock];
+  for (int j = 0; j < kBlock; ++j) {
+    const float rate = region.spike_count[offset + j] / static_cast<float>(rows_);
+    rate_signal[j] = static_cast<float>(spec_.rate_weight * 2.0 * (rate - spec_.rate_target) /
+                                        (static_cast<double>(region.n) * static_cast<double>(rows_)));
+  }
+  if (!accumulate) std::fill_n(region.dbias + offset, kBlock, 0.0f);
+  float* adjoints = scratch + rows_ * kBlock;
+  kernels().adjoint_scan({streams_, tokens_, region.n, region.alpha + offset, region.rho + offset,
+                          region.a + offset, region.b + offset, region.input_gain + offset, region.u + offset,
+                          learning, rate_signal, has_resets_ ? resets_ : nullptr, adjoints,
+                          adjoints + int64_t{streams_} * kBlock, region.delta + offset,
+                          region.gated ? region.d + offset : nullptr, region.gated ? region.g + offset : nullptr,
+                          region.dbias + offset, spec_.surrogate_k, spec_.graded});
+}
+
+// One row of blocks of dW. Pieces of rows outside, blocks inside: the error's piece stays in the L1 cache.
+void CpuModel::weight_gradient(const Projection& p, int row, bool accumulate) {
+  constexpr int64_t kPiece = 128;
+  const float* error = error_of(p);
+  const int64_t stride = int64_t{p.rows} * kBlock;
+  float* dw = p.gradient + int64_t{row} * p.k * kBlockArea;
+  if (!accumulate) std::fill_n(dw, int64_t{p.k} * kBlockArea, 0.0f);
+  const auto add = [&](int64_t first, int64_t count, const float* source, int64_t width) {
+    for (int64_t begin = 0; begin < count; begin += kPiece) {
+      for (int q = 0; q < p.k; ++q) {
+        kernels().outer_product({dw + int64_t{q} * kBlockArea, error + (first + begin) * stride + row * kBlock,
+                                 stride, source + begin * width + p.cols[row * p.k + q] * kBlock, width,
+                                 std::min(kPiece, count - begin), true});
+      }
+    }
+  };
+  if (p.spec->src == kFromEmbedding) {
+    add(0, unique_, x_, spec_.dim);  // errors were summed per distinct token
+  } else if (p.spec->delay == 0) {
+    add(0, rows_, emitted(p.spec->src), regions_[p.spec->src].n);
+  } else {
+    for_source_rows(p, 0, tokens_, 0, streams_, [&](int64_t first, int64_t count, const float* source) {
+      add(first, count, source, regions_[p.spec->src].n);
+    });
+  }
+}
+
+// Sums the errors of rows that share a token, in row order, into the first `unique` rows. table: [unique, 32].
+void CpuModel::segment(float* error, int width, float* table) const {
+  std::fill_n(table, int64_t{unique_} * kBlock, 0.0f);
+  for (int64_t row = 0; row < rows_; ++row) {
+    float* to = table + int64_t{slot_of_row_[row]} * kBlock;
+    for (int j = 0; j < kBlock; ++j) to[j] += error[row * width + j];
+  }
+  for (int i = 0; i < unique_; ++i) {
+    std::memcpy(error + int64_t{i} * width, table + int64_t{i} * kBlock, sizeof(float) * kBlock);
+  }
+}
+
+void CpuModel::clear_embedding_gradient() {
+  if (spec_.tied) return;  // the decoder's gradient has just overwritten it
+  for (int64_t id = 0; id < spec_.vocab; ++id) {
+    if (row_touched_[id] || scan_embedding_rows_) std::fill_n(d_embedding_ + id * spec_.dim, spec_.dim, 0.0f);
+    row_touched_[id] = 0;
+  }
+}
+
+// Columns of dE of this tile, from the summed errors of the embedding's projections.
+void CpuModel::embedding_gradient(int tile) {
+  const int64_t dim = spec_.dim;
+  bool add = false;
+  for (const Projection& p : projections_) {
+    if (p.spec->src != kFromEmbedding) continue;
+    pull(p, tile, unique_, dx_ + tile * kBlock, dim, add);
+    add = true;
+  }
+  if (!add) return;
+  for (int i = 0; i < unique_; ++i) {
+    float* to = d_embedding_ + int64_t{unique_ids_[i]} * dim + tile * kBlock;
+    const float* from = dx_ + int64_t{i} * dim + tile * kBlock;
+    for (int j = 0; j < kBlock; ++j) to[j] += from[j];
+    if (tile == 0) row_touched_[unique_ids_[i]] = 1;
+  }
+}
+
+// How often each neuron spiked in this call (u > 0; exact in float up to 2^24 rows).
+void CpuModel::count_spikes(Region& region, int tile) const {
+  float count[kBlock] = {};
+  for (int64_t row = 0; row < rows_; ++row) {
+    const float* u = region.u + row * region.n + tile * kBlock;
+    for (int j = 0; j < kBlock; ++j) count[j] += u[j] > 0 ? 1.0f : 0.0f;
+  }
+  std::copy(count, count + kBlock, region.spike_count + tile * kBlock);
+}
+
+// c_rate * sum over regions of mean over neurons of (rate - target)^2.
+double CpuModel::homeostasis() const {
+  double total = 0;
+  for (const Region& region : regions_) {
+    double squares = 0;
+    for (int j = 0; j < region.n; ++j) {
+      const double gap = region.spike_count[j] / static_cast<double>(rows_) - spec_.rate_target;
+      squares += gap * gap;
+    }
+    total += squares / region.n;
+  }
+  return spec_.rate_weight * total;
+}
+
+}  // namespace neurogen::cpu

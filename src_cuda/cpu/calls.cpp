@@ -1,0 +1,102 @@
+// The public calls of the CPU model: which of the steps above each one runs, and when state is committed.
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+#include "model.h"
+
+namespace neurogen::cpu {
+
+// Loss and gradients of the forward pass that was just made.
+void CpuModel::score_and_learn(const Targets& targets, bool accumulate, StepStats* stats) {
+  stage_targets(targets);
+  score(true, accumulate);
+#pragma omp parallel num_threads(threads_)
+  for (Region& region : regions_) {
+#pragma omp for schedule(static) nowait
+    for (int tile = 0; tile < region.tiles; ++tile) count_spikes(region, tile);
+  }
+  summarize(targets, stats);
+  if (stats->finite) learn(accumulate);
+}
+
+void CpuModel::run(const Targets& targets, uint64_t call, bool accumulate, StepStats* stats) {
+  call_ = call;
+  train_dropout_ = spec_.dropout > 0;
+  forward();
+  score_and_learn(targets, accumulate, stats);
+  train_dropout_ = false;
+}
+
+void CpuModel::train(const Tokens& tokens, const Targets& targets, const AdamW& adam, uint64_t call,
+                     StepStats* stats) {
+  stage(*state_, tokens.streams, tokens.tokens, tokens.resets);
+  stage_ids(tokens.ids);
+  run(targets, call, false, stats);
+  if (stats->finite) update(adam, stats);
+  if (stats->finite) commit();
+}
+
+void CpuModel::backward(const Tokens& tokens, const Targets& targets, uint64_t call, bool accumulate,
+                        StepStats* stats) {
+  stage(*state_, tokens.streams, tokens.tokens, tokens.resets);
+  stage_ids(tokens.ids);
+  run(targets, call, accumulate, stats);
+  if (stats->finite) commit();
+}
+
+void CpuModel::step(const float* x, bool hold) {
+  stage(*state_, spec_.streams, 1, nullptr);
+  stage_rows(x);
+  forward();
+  if (!hold) commit();
+  held_ = hold;
+}
+
+void CpuModel::learn_held(const int32_t* ids, const Targets& targets, const AdamW& adam, StepStats* stats) {
+  if (!held_) throw std::runtime_error("learn_held: expected an open step, got none");
+  for (int64_t row = 0; row < rows_; ++row) unique_ids_[row] = ids[row];
+  score_and_learn(targets, false, stats);
+  if (stats->finite) update(adam, stats);
+  if (stats->finite) commit();
+  held_ = false;
+}
+
+void CpuModel::advance(State& state, const Tokens& tokens, float* broca) {
+  stage(static_cast<CpuState&>(state), tokens.streams, tokens.tokens, tokens.resets);
+  stage_ids(tokens.ids);
+  forward();
+  commit();
+  if (broca) {
+    std::memcpy(broca, broca_ + (rows_ - streams_) * spec_.dim, sizeof(float) * streams_ * spec_.dim);
+  }
+}
+
+double CpuModel::evaluate(State& state, const Tokens& tokens, const int32_t* targets) {
+  stage(static_cast<CpuState&>(state), tokens.streams, tokens.tokens, tokens.resets);
+  stage_ids(tokens.ids);
+  Targets plain;
+  plain.ids = targets;
+  stage_targets(plain);
+  forward();
+  score(false, false);
+  commit();
+  double total = 0;
+  for (int64_t row = 0; row < rows_; ++row) total += row_loss_[row];
+  return total;
+}
+
+void CpuModel::broca_output(float* out) {
+  for (int stream = 0; stream < spec_.streams; ++stream) {
+    const int64_t at = int64_t{stream} * spec_.dim;
+    normalize((held_ ? o_ : state_->o()) + at, out + at);
+  }
+}
+
+void CpuModel::encode(const int32_t* ids, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    std::memcpy(out + i * spec_.dim, embedding_ + int64_t{ids[i]} * spec_.dim, sizeof(float) * spec_.dim);
+  }
+}
+
+}  // namespace neurogen::cpu

@@ -1,0 +1,132 @@
+// Vocabulary decoder: logits = W broca + c by BLAS, softmax cross-entropy and its gradient in place, sampling.
+// Rows are taken a chunk at a time, so nothing of size M*V is ever held; inside a chunk, slices of the
+// vocabulary and tiles of rows are the units of parallel work.
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "model.h"
+#include "sampling.h"
+
+namespace neurogen::cpu {
+namespace {
+
+constexpr int kRowTile = 64;
+
+// c[m, n] = op(a) op(b) + beta c, row-major, through the column-major BLAS (which sees the transposes).
+void gemm(Sgemm sgemm, bool ta, bool tb, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda,
+          const float* b, int64_t ldb, float beta, float* c, int64_t ldc) {
+  char transpose_a = ta ? 'T' : 'N', transpose_b = tb ? 'T' : 'N';
+  int m_ = static_cast<int>(m), n_ = static_cast<int>(n), k_ = static_cast<int>(k);
+  int lda_ = static_cast<int>(lda), ldb_ = static_cast<int>(ldb), ldc_ = static_cast<int>(ldc);
+  float one = 1.0f;
+  sgemm(&transpose_b, &transpose_a, &n_, &m_, &k_, &one, const_cast<float*>(b), &ldb_, const_cast<float*>(a),
+        &lda_, &beta, c, &ldc_);
+}
+
+}  // namespace
+
+// Columns of one slice of the vocabulary, without the bias. out: [rows, V].
+void CpuModel::logits_slice(const float* broca, int64_t rows, int slice, float* out) {
+  const int64_t begin = slice * vocab_slice_, width = std::min(vocab_slice_, spec_.vocab - begin);
+  gemm(sgemm_, false, true, rows, width, spec_.dim, broca, spec_.dim, decoder_ + begin * spec_.dim, spec_.dim, 0.0f,
+       out + begin, spec_.vocab);
+}
+
+// Adds this chunk's share to the rows of dW and dc of one slice of the vocabulary.
+void CpuModel::decoder_gradient_slice(int64_t first, int64_t rows, int slice, bool add) {
+  const int64_t begin = slice * vocab_slice_, width = std::min(vocab_slice_, spec_.vocab - begin);
+  gemm(sgemm_, true, false, width, spec_.dim, rows, logits_ + begin, spec_.vocab, broca_ + first * spec_.dim,
+       spec_.dim, add ? 1.0f : 0.0f, d_decoder_ + begin * spec_.dim, spec_.dim);
+  float* bias = d_decoder_bias_ + begin;
+  if (!add) std::fill_n(bias, width, 0.0f);
+  for (int64_t row = 0; row < rows; ++row) {
+    const float* error = logits_ + row * spec_.vocab + begin;
+    for (int64_t i = 0; i < width; ++i) bias[i] += error[i];
+  }
+}
+
+void CpuModel::broca_gradient(int64_t first, int64_t rows) {
+  gemm(sgemm_, false, false, rows, spec_.dim, spec_.vocab, logits_ + first % logit_rows_ * spec_.vocab, spec_.vocab,
+       decoder_, spec_.dim, 0.0f, d_broca_ + first * spec_.dim, spec_.dim);
+}
+
+// Cross-entropy of every row of the call; with the gradient: dE/d broca, dW and dc.
+void CpuModel::score(bool want_gradient, bool accumulate) {
+  const int slices = vocab_slices();
+  for (int64_t first = 0; first < rows_; first += logit_rows_) {
+    const int64_t rows = std::min(logit_rows_, rows_ - first);
+    const bool add = accumulate || first > 0;
+    const int tiles = static_cast<int>((rows + kRowTile - 1) / kRowTile);
+#pragma omp parallel num_threads(threads_)
+    {
+#pragma omp for schedule(static)
+      for (int slice = 0; slice < slices; ++slice) logits_slice(broca_ + first * spec_.dim, rows, slice, logits_);
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < rows; ++i) {
+        const int64_t row = first + i;
+        const float scale = divisor_ > 0 ? static_cast<float>(target_weights_[row] / divisor_) : 0.0f;
+        SoftmaxRow job{logits_ + i * spec_.vocab, decoder_bias_, spec_.vocab, target_ids_[row], scale, want_gradient,
+                       0.0, 0};
+        kernels().softmax_row(job);
+        row_loss_[row] = job.loss;
+        row_best_[row] = job.best;
+      }
+      if (want_gradient) {
+#pragma omp for schedule(static) nowait
+        for (int slice = 0; slice < slices; ++slice) decoder_gradient_slice(first, rows, slice, add);
+#pragma omp for schedule(static)
+        for (int tile = 0; tile < tiles; ++tile) {
+          broca_gradient(first + int64_t{tile} * kRowTile, std::min<int64_t>(kRowTile, rows - tile * kRowTile));
+        }
+      }
+    }
+  }
+}
+
+// Loss, accuracy and predictions from what score() left behind.
+void CpuModel::summarize(const Targets& targets, StepStats* stats) {
+  double loss = 0;
+  stats->tokens = stats->correct = 0;
+  for (int64_t row = 0; row < rows_; ++row) {
+    if (targets.predictions) {
+      targets.predictions[row % streams_ * tokens_ + row / streams_] = row_best_[row];
+    }
+    if (target_weights_[row] == 0.0f) continue;
+    loss += static_cast<double>(target_weights_[row]) * row_loss_[row];
+    ++stats->tokens;
+    stats->correct += row_best_[row] == target_ids_[row];
+  }
+  stats->loss = divisor_ > 0 ? loss / divisor_ : 0.0;
+  stats->homeostasis = homeostasis();
+  stats->finite = std::isfinite(loss) && std::isfinite(stats->homeostasis);
+}
+
+void CpuModel::logits(const float* broca, int64_t rows, float* out) {
+  const int slices = vocab_slices();
+#pragma omp parallel num_threads(threads_)
+  {
+#pragma omp for schedule(static)
+    for (int slice = 0; slice < slices; ++slice) logits_slice(broca, rows, slice, out);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t i = 0; i < spec_.vocab; ++i) out[row * spec_.vocab + i] += decoder_bias_[i];
+    }
+  }
+}
+
+void CpuModel::sample(const float* broca, int64_t rows, const Sampling& sampling, int32_t* ids) {
+  for (int64_t first = 0; first < rows; first += logit_rows_) {
+    const int64_t count = std::min(logit_rows_, rows - first);
+    logits(broca + first * spec_.dim, count, logits_);
+#pragma omp parallel for num_threads(threads_) schedule(static)
+    for (int64_t row = 0; row < count; ++row) {
+      ids[first + row] = draw_token(logits_ + row * spec_.vocab, spec_.vocab, sampling, first + row,
+                                    sort_ids_ + omp_get_thread_num() * int64_t{spec_.vocab});
+    }
+  }
+}
+
+}  // namespace neurogen::cpu

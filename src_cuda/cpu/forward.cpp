@@ -1,0 +1,237 @@
+// The brain, forward. Per region and token t (DESIGN section 3):
+//   d = bias + sum of drives,  G = 2 sigmoid(sum of gates),  I = G d + delayed
+//   v = alpha v - (1-alpha) w + sqrt(1-alpha^2) I - s,  u = v - 1,  s = H(u)(1+u),  w = rho w + (1-rho)(a v + b s)
+// and o = kappa o + (1-kappa) r, broca = o / rms(o) for the readout r.
+//
+// Order of work: embedding products of all tokens at once; then, a chunk of tokens at a time, the regions from
+// the lowest level up, each over the whole chunk. A chunk is no longer than the shortest feedback delay, so
+// everything a region reads is there, and weights are reused over it while they are in the cache. Results equal
+// the token-by-token order bit for bit, whatever the chunk and the threads: a sum's order never depends on them.
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "model.h"
+#include "philox.h"
+
+namespace neurogen::cpu {
+namespace {
+
+constexpr int kChunkRows = 256;       // rows of a chunk: a region's slice of it stays in the L2 cache
+constexpr int kStreamsPerThread = 8;  // rows that the product kernels hold at once
+constexpr double kRmsEpsilon = 1e-5;
+
+}  // namespace
+
+// What one thread does in the token loop: some streams of every tile, or every stream of some tiles.
+struct CpuModel::Share {
+  int first_stream, streams;
+  int rank, team;  // tiles [n*rank/team, n*(rank+1)/team) of each region
+  int first_tile(int tiles) const { return tiles * rank / team; }
+  int last_tile(int tiles) const { return tiles * (rank + 1) / team; }
+};
+
+// With enough streams every thread takes a group of them through all tokens and meets the others once. With few,
+// the threads share every region's tiles and meet at every token of a recurrent region.
+CpuModel::Share CpuModel::share(int thread, int threads) const {
+  if (streams_ < kStreamsPerThread * threads) return {0, streams_, thread, threads};
+  const int first = streams_ * thread / threads;
+  return {first, streams_ * (thread + 1) / threads - first, 0, 1};
+}
+
+void CpuModel::forward() {
+  refresh_derived();
+  const int chunk = std::min({chunk_limit_, tokens_, std::max(1, kChunkRows / streams_)});
+  const int readout_tiles = spec_.dim / kBlock;
+#pragma omp parallel num_threads(threads_)
+  {
+    float* scratch = tile_scratch_ + omp_get_thread_num() * tile_scratch_stride_;
+    for (Region& region : regions_) {
+#pragma omp for schedule(static) nowait
+      for (int tile = 0; tile < region.tiles; ++tile) embed_region(region, tile, scratch);
+    }
+#pragma omp barrier
+    const Share mine = share(omp_get_thread_num(), omp_get_num_threads());
+    const bool alone = mine.team == 1;
+    for (int first = 0; first < tokens_; first += chunk) {
+      const int count = std::min(chunk, tokens_ - first);
+      for (int index : sequence_) {
+        Region& region = regions_[index];
+        const int begin = mine.first_tile(region.tiles), end = mine.last_tile(region.tiles);
+        for (int tile = begin; tile < end; ++tile) feed_region(region, mine, tile, first, count);
+        for (int token = first; token < first + count; ++token) {
+          for (int tile = begin; tile < end; ++tile) tick_region(index, mine, tile, token);
+          if (alone || !(region.self_recurrent || token == first + count - 1)) continue;
+#pragma omp barrier
+        }
+      }
+    }
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int tile = 0; tile < readout_tiles; ++tile) read_out(tile, scratch);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows_; ++row) {
+      inverse_rms_[row] = normalize(o_ + row * spec_.dim, broca_ + row * spec_.dim);
+    }
+  }
+}
+
+// d and g of all rows start as bias + the embedding's share. table: scratch [unique, 32].
+void CpuModel::embed_region(Region& region, int tile, float* table) {
+  const int offset = tile * kBlock;
+  const float* bias = region.bias + offset;
+  bool driven = false, gated = false;
+  for (const Projection* p : region.from_embedding) {
+    kernels().block_product({table, kBlock, x_, spec_.dim, unique_, p->panels, p->order + int64_t{tile} * p->k,
+                             p->cols + int64_t{tile} * p->k, p->k, false});
+    float* out = (p->spec->gate ? region.g : region.d) + offset;
+    for (int64_t row = 0; row < rows_; ++row, out += region.n) {
+      const float* from = table + int64_t{slot_of_row_[row]} * kBlock;
+      for (int j = 0; j < kBlock; ++j) out[j] = p->spec->gate ? from[j] : bias[j] + from[j];
+    }
+    (p->spec->gate ? gated : driven) = true;
+  }
+  for (int64_t row = 0; row < rows_; ++row) {
+    if (!driven) std::memcpy(region.d + row * region.n + offset, bias, sizeof(float) * kBlock);
+    if (region.gated && !gated) std::fill_n(region.g + row * region.n + offset, kBlock, 0.0f);
+  }
+}
+
+// Everything a tile of a region hears in tokens [first, first + count), but its own recurrence. The delayed
+// input is summed where u will be written.
+void CpuModel::feed_region(Region& region, const Share& mine, int tile, int first, int count) {
+  const int offset = tile * kBlock;
+  for (int token = first; token < first + count; ++token) {
+    const int64_t row = int64_t{token} * streams_ + mine.first_stream, at = row * region.n + offset;
+    for (const Projection* p : region.drives) {
+      add_product(*p, tile, emitted(p->spec->src) + row * regions_[p->spec->src].n, mine.streams, region.d + at);
+    }
+    for (const Projection* p : region.gates) {
+      add_product(*p, tile, emitted(p->spec->src) + row * regions_[p->spec->src].n, mine.streams, region.g + at);
+    }
+    for (int64_t i = 0; i < mine.streams; ++i) {
+      if (region.gated) kernels().gate_row(region.g + at + i * region.n, kBlock);
+      std::fill_n(region.u + at + i * region.n, kBlock, 0.0f);
+    }
+    for (const Projection* p : region.delayed) add_delayed(*p, mine, tile, token);
+  }
+}
+
+// out [rows, 32 of n] += W s for one row of blocks.
+void CpuModel::add_product(const Projection& p, int tile, const float* source, int64_t rows, float* out) const {
+  const int64_t block = int64_t{tile} * p.k;
+  kernels().block_product({out, int64_t{p.rows} * kBlock, source, regions_[p.spec->src].n, rows, p.panels,
+                           p.order + block, p.cols + block, p.k, true});
+}
+
+// The same for a delayed projection, into u's rows of one token.
+void CpuModel::add_delayed(const Projection& p, const Share& mine, int tile, int token) {
+  const Region& region = regions_[p.spec->dst];
+  for_source_rows(p, token, 1, mine.first_stream, mine.streams,
+                  [&](int64_t row, int64_t rows, const float* source) {
+                    add_product(p, tile, source, rows, region.u + row * region.n + tile * kBlock);
+                  });
+}
+
+void CpuModel::tick_region(int index, const Share& mine, int tile, int token) {
+  Region& region = regions_[index];
+  const int offset = tile * kBlock;
+  const int64_t row = int64_t{token} * streams_ + mine.first_stream, at = row * region.n + offset;
+  float* v = region.v + int64_t{mine.first_stream} * region.n + offset;
+  float* w = region.w + int64_t{mine.first_stream} * region.n + offset;
+  for (int i = 0; has_resets_ && i < mine.streams; ++i) {
+    if (!resets_[row + i]) continue;
+    std::fill_n(v + int64_t{i} * region.n, kBlock, 0.0f);
+    std::fill_n(w + int64_t{i} * region.n, kBlock, 0.0f);
+  }
+  for (const Projection* p : region.self_delayed) add_delayed(*p, mine, tile, token);
+  kernels().neuron_tick({mine.streams, region.n, region.alpha + offset, region.rho + offset, region.a + offset,
+                         region.b + offset, region.input_gain + offset, v, w, region.d + at,
+                         region.gated ? region.g + at : nullptr, region.u + at, region.u + at, region.s + at,
+                         spec_.graded});
+  for (int i = 0; train_dropout_ && i < mine.streams; ++i) {
+    const int64_t from = at + int64_t{i} * region.n;
+    float mask[kBlock];
+    dropout_mask(index, tile, token, mine.first_stream + i, mask);
+    for (int j = 0; j < kBlock; ++j) region.dropped[from + j] = region.s[from + j] * mask[j];
+  }
+}
+
+// Inverted dropout of one tile, stream and token: 0 or 1/(1-p). Keys: philox.h.
+void CpuModel::dropout_mask(int region, int tile, int token, int stream, float* mask) const {
+  const uint32_t key0 = static_cast<uint32_t>(spec_.seed);
+  const uint32_t key1 = static_cast<uint32_t>(spec_.seed >> 32) ^ static_cast<uint32_t>(call_);
+  const float kept = 1.0f / (1.0f - spec_.dropout);
+  for (int four = 0; four < kBlock / 4; ++four) {
+    const Philox draw = philox(static_cast<uint32_t>(tile * kBlock / 4 + four), static_cast<uint32_t>(token),
+                               static_cast<uint32_t>(stream), static_cast<uint32_t>(region), key0, key1);
+    for (int i = 0; i < 4; ++i) {
+      mask[four * 4 + i] = philox_uniform(draw.word[i]) >= spec_.dropout ? kept : 0.0f;
+    }
+  }
+}
+
+// table: scratch [unique, 32].
+void CpuModel::read_out(int tile, float* table) {
+  const int offset = tile * kBlock;
+  const int64_t dim = spec_.dim;
+  bool add = false;
+  for (const Projection* p : readout_) {
+    const int32_t *order = p->order + int64_t{tile} * p->k, *cols = p->cols + int64_t{tile} * p->k;
+    if (p->spec->src == kFromEmbedding) {
+      kernels().block_product({table, kBlock, x_, dim, unique_, p->panels, order, cols, p->k, false});
+      for (int64_t row = 0; row < rows_; ++row) {
+        const float* from = table + int64_t{slot_of_row_[row]} * kBlock;
+        float* to = o_ + row * dim + offset;
+        for (int j = 0; j < kBlock; ++j) to[j] = add ? to[j] + from[j] : from[j];
+      }
+    } else {
+      kernels().block_product({o_ + offset, dim, emitted(p->spec->src), regions_[p->spec->src].n, rows_, p->panels,
+                               order, cols, p->k, add});
+    }
+    add = true;
+  }
+  static const float zeros[kBlock] = {};
+  const float* kappa = kappa_ + offset;
+  for (int64_t row = 0; row < rows_; ++row) {
+    const float* before = row < streams_ ? active_->o() + row * dim + offset : o_ + (row - streams_) * dim + offset;
+    if (has_resets_ && resets_[row]) before = zeros;
+    float* o = o_ + row * dim + offset;
+    for (int j = 0; j < kBlock; ++j) o[j] = kappa[j] * before[j] + (1.0f - kappa[j]) * o[j];
+  }
+}
+
+// broca = o / sqrt(mean(o^2) + eps); returns the factor.
+float CpuModel::normalize(const float* o, float* broca) const {
+  double squares = 0;
+  for (int j = 0; j < spec_.dim; ++j) squares += static_cast<double>(o[j]) * o[j];
+  const float factor = static_cast<float>(1.0 / std::sqrt(squares / spec_.dim + kRmsEpsilon));
+  for (int j = 0; j < spec_.dim; ++j) broca[j] = o[j] * factor;
+  return factor;
+}
+
+// The staged state becomes the state of the call's streams.
+void CpuModel::commit() {
+  for (size_t r = 0; r < regions_.size(); ++r) {
+    const Region& region = regions_[r];
+    const int id = static_cast<int>(r);
+    const int64_t cells = int64_t{streams_} * region.n;
+    std::memcpy(active_->v(id), region.v, sizeof(float) * cells);
+    std::memcpy(active_->w(id), region.w, sizeof(float) * cells);
+    for (int k = region.history - 1; k >= 0; --k) {
+      float* to = active_->spikes(id) + k * cells;
+      const int token = tokens_ - 1 - k;
+      std::memcpy(to, token >= 0 ? region.s + token * cells : active_->spikes(id) + (k - tokens_) * cells,
+                  sizeof(float) * cells);
+      for (int stream = 0; has_resets_ && stream < streams_; ++stream) {
+        if (age_[rows_ - streams_ + stream] < k) std::fill_n(to + int64_t{stream} * region.n, region.n, 0.0f);
+      }
+    }
+  }
+  std::memcpy(active_->o(), o_ + (rows_ - streams_) * spec_.dim, sizeof(float) * streams_ * spec_.dim);
+  held_ = false;
+}
+
+}  // namespace neurogen::cpu

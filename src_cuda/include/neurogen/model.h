@@ -1,0 +1,154 @@
+// The contract every backend fulfils. No CUDA type appears here, so the Cython binding compiles with the
+// host compiler alone. Shape letters: spec.h.
+//
+// Pointers of a call (ids, targets, outputs) are host memory, contiguous, never null unless said, never
+// aliasing each other. A Model is used by one thread at a time; the binding refuses a second one.
+// Errors: std::invalid_argument (bad argument), std::bad_alloc, std::runtime_error. A call that throws leaves
+// weights, moments and neuron state as they were.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "neurogen/spec.h"
+
+namespace neurogen {
+
+enum class DType { f32, i32 };
+
+// A named array of the model. Views stay valid for the life of the Model (or State).
+struct Tensor {
+  std::string key;
+  DType dtype = DType::f32;
+  std::vector<int64_t> shape;
+  void* data = nullptr;
+  float* gradient = nullptr;  // null: a constant
+  float* moment1 = nullptr;
+  float* moment2 = nullptr;
+  bool decay = false;  // weight decay applies
+  int64_t size() const {
+    int64_t count = 1;
+    for (int64_t extent : shape) count *= extent;
+    return count;
+  }
+};
+
+// Neuron state of S streams: v, w and recent spikes of every region, the readout's o. A conversation.
+class State {
+ public:
+  virtual ~State() = default;
+  virtual int streams() const = 0;
+  // "region.<name>.v" [S, n], "region.<name>.w" [S, n], "region.<name>.spikes" [K, S, n] (newest first),
+  // "broca.o" [S, D].
+  virtual std::vector<Tensor> arrays() = 0;
+  // which: [S] flags, null = every stream.
+  virtual void clear(const uint8_t* which) = 0;
+};
+
+// Tokens of one call. Layout [S, T], as the user has it.
+struct Tokens {
+  int streams = 0;                   // S
+  int tokens = 0;                    // T; S*T <= B*max_tokens
+  const int32_t* ids = nullptr;      // every id in [0, V)
+  const uint8_t* resets = nullptr;   // null = none
+};
+
+enum class Normalize { sum, absolute };
+
+// What the tokens are compared with. Layout [S, T].
+struct Targets {
+  const int32_t* ids = nullptr;      // every id in [0, V)
+  const float* weights = nullptr;    // null = ones
+  Normalize normalize = Normalize::sum;
+  double divisor = -1.0;             // >= 0 replaces the sum of weights
+  int32_t* predictions = nullptr;    // out, may be null: most probable token
+};
+
+struct AdamW {
+  double lr = 2e-3, beta1 = 0.9, beta2 = 0.98, eps = 1e-8, weight_decay = 0.0;
+  double clip = 1.0;    // global norm; <= 0 = no clipping
+  int64_t step = 1;     // 1-based number of this update (bias correction)
+};
+
+struct StepStats {
+  double loss = 0.0;         // weighted cross-entropy, nats
+  double homeostasis = 0.0;
+  double grad_norm = 0.0;    // before clipping
+  int64_t correct = 0;       // predictions that hit, over non-zero weights
+  int64_t tokens = 0;        // non-zero weights
+  bool finite = true;        // false: nothing was changed, nothing was committed
+};
+
+struct Sampling {
+  float temperature = 1.0f;
+  int top_k = 0;             // 0 = all
+  float top_p = 1.0f;
+  bool greedy = false;
+  uint64_t seed = 0;
+  uint64_t position = 0;     // draw number of this seed; row m draws from (seed, position, m)
+};
+
+struct Counters {
+  int64_t launches = 0, syncs = 0, h2d_bytes = 0, d2h_bytes = 0, device_allocations = 0, host_allocations = 0;
+};
+
+class Model {
+ public:
+  virtual ~Model() = default;
+
+  virtual std::vector<Tensor>& tensors() = 0;
+  // Says that parameter values were written through tensors(): derived copies are renewed at the next use.
+  virtual void parameters_written() = 0;
+  // Says that a user got writable access to the gradients: the next update looks at every embedding row.
+  virtual void gradients_exposed() = 0;
+
+  virtual State& state() = 0;  // the model's own, B streams
+  virtual std::unique_ptr<State> new_state(int streams) = 0;
+
+  // One optimizer step on the model's own state: forward, loss, batched e-prop, update, state committed.
+  // call: number of training calls made before (keys dropout).
+  virtual void train(const Tokens&, const Targets&, const AdamW&, uint64_t call, StepStats*) = 0;
+  // The same without the update; gradients are overwritten, or added to when `accumulate`.
+  virtual void backward(const Tokens&, const Targets&, uint64_t call, bool accumulate, StepStats*) = 0;
+  // AdamW on the gradients as they stand. finite = false: nothing changed.
+  virtual void update(const AdamW&, StepStats*) = 0;
+
+  // Advances `state` over tokens without a loss; broca: [S, D] output after the last token, may be null.
+  virtual void advance(State& state, const Tokens&, float* broca) = 0;
+  // Advances `state` and adds up unweighted cross-entropy (nats) over all S*T tokens.
+  virtual double evaluate(State& state, const Tokens&, const int32_t* targets) = 0;
+
+  // One token whose embedding the caller brings: x [B, D]. With hold = true the step stays open (state not
+  // committed) until learn_held(), so that a token-by-token loop can learn from the very step it ran (without dropout).
+  virtual void step(const float* x, bool hold) = 0;
+  virtual void learn_held(const int32_t* ids, const Targets&, const AdamW&, StepStats*) = 0;
+  // The Broca output of the last step or call on the model's own state: [B, D].
+  virtual void broca_output(float* out) = 0;
+
+  virtual void encode(const int32_t* ids, int64_t count, float* out) = 0;              // [count, D]
+  virtual void logits(const float* broca, int64_t rows, float* out) = 0;               // [rows, D] -> [rows, V]
+  virtual void sample(const float* broca, int64_t rows, const Sampling&, int32_t* ids) = 0;  // -> [rows]
+
+  // Mean firing rate of region r in the last training call; u and s of it, [T, S, n] (valid until the next call).
+  virtual double rate(int region) const = 0;
+  virtual const float* recorded_u(int region) const = 0;
+  virtual const float* recorded_s(int region) const = 0;
+
+  virtual Counters counters() const = 0;
+};
+
+// Part names and bytes of what a model allocates.
+using MemoryPlan = std::vector<std::pair<std::string, int64_t>>;
+
+// sgemm of any BLAS, Fortran calling convention; used at one thread, called from several.
+using Sgemm = void (*)(char* transa, char* transb, int* m, int* n, int* k, float* alpha, float* a, int* lda,
+                       float* b, int* ldb, float* beta, float* c, int* ldc);
+
+std::unique_ptr<Model> make_cpu_model(const ModelSpec&, Sgemm);
+MemoryPlan cpu_memory_plan(const ModelSpec&);
+const char* cpu_instruction_set();  // "avx512", "avx2" or "baseline": the kernels this machine runs
+
+}  // namespace neurogen

@@ -236,7 +236,7 @@ cdef class Engine:
         cdef Tokens tokens
         cdef Targets goal
         cdef CAdamW step
-        cdef Borrowed a, w, p
+        cdef Borrowed a, p, w = None
         cdef bint updates = adam is not None
         self.enter()
         try:
@@ -327,7 +327,7 @@ cdef class Engine:
     def evaluate(self, NeuronState state not None, ids, targets, resets, int tokens):
         """Advances `state` over [S, tokens]; returns the summed cross-entropy in nats."""
         cdef Tokens call
-        cdef double total
+        cdef double total = 0
         self.enter()
         try:
             self.stage_call(ids, targets, resets, (state.streams, tokens), &call)

@@ -163,7 +163,7 @@ void CpuModel::tick_region(int index, const Share& mine, int tile, int token) {
 void CpuModel::dropout_mask(int region, int tile, int token, int stream, float* mask) const {
   const uint32_t key0 = static_cast<uint32_t>(spec_.seed);
   const uint32_t key1 = static_cast<uint32_t>(spec_.seed >> 32) ^ static_cast<uint32_t>(call_);
-  const float kept = 1.0f / (1.0f - spec_.dropout);
+  const float kept = static_cast<float>(1.0 / (1.0 - static_cast<double>(spec_.dropout)));
   for (int four = 0; four < kBlock / 4; ++four) {
     const Philox draw = philox(static_cast<uint32_t>(tile * kBlock / 4 + four), static_cast<uint32_t>(token),
                                static_cast<uint32_t>(stream), static_cast<uint32_t>(region), key0, key1);

@@ -27,10 +27,11 @@ void CpuModel::learn(bool accumulate) {
 #pragma omp for schedule(dynamic)
       for (int tile = 0; tile < regions_[*index].tiles; ++tile) learn_tile(*index, tile, scratch, accumulate);
     }
-    for (const Projection& p : projections_) {
-      if (p.spec->src == kFromEmbedding) continue;
+    for (size_t index = 0; index < regions_.size(); ++index) {
 #pragma omp for schedule(dynamic) nowait
-      for (int row = 0; row < p.rows; ++row) weight_gradient(p, row, accumulate);
+      for (int tile = 0; tile < regions_[index].tiles; ++tile) {
+        source_weights(static_cast<int>(index), tile, accumulate);
+      }
     }
 #pragma omp barrier
     for (const Projection& p : projections_) {
@@ -43,7 +44,7 @@ void CpuModel::learn(bool accumulate) {
     for (const Projection& p : projections_) {
       if (p.spec->src != kFromEmbedding) continue;
 #pragma omp for schedule(dynamic) nowait
-      for (int row = 0; row < p.rows; ++row) weight_gradient(p, row, accumulate);
+      for (int row = 0; row < p.rows; ++row) embedding_weights(p, row, accumulate);
     }
 #pragma omp for schedule(static)
     for (int tile = 0; tile < dim_tiles; ++tile) embedding_gradient(tile);
@@ -122,31 +123,63 @@ void CpuModel::learn_tile(int index, int tile, float* scratch, bool accumulate) 
                           region.dbias + offset, spec_.surrogate_k, spec_.graded});
 }
 
-// One row of blocks of dW. Pieces of rows outside, blocks inside: the error's piece stays in the L1 cache.
-void CpuModel::weight_gradient(const Projection& p, int row, bool accumulate) {
-  constexpr int64_t kPiece = 128;
-  const float* error = error_of(p);
-  const int64_t stride = int64_t{p.rows} * kBlock;
-  float* dw = p.gradient + int64_t{row} * p.k * kBlockArea;
-  if (!accumulate) std::fill_n(dw, int64_t{p.k} * kBlockArea, 0.0f);
-  const auto add = [&](int64_t first, int64_t count, const float* source, int64_t width) {
-    for (int64_t begin = 0; begin < count; begin += kPiece) {
-      for (int q = 0; q < p.k; ++q) {
-        kernels().outer_product({dw + int64_t{q} * kBlockArea, error + (first + begin) * stride + row * kBlock,
-                                 stride, source + begin * width + p.cols[row * p.k + q] * kBlock, width,
-                                 std::min(kPiece, count - begin), true});
+// dW of one row of blocks of an embedding projection; its errors were summed per distinct token.
+void CpuModel::embedding_weights(const Projection& p, int row, bool accumulate) {
+  for (int q = 0; q < p.k; ++q) {
+    const int64_t block = int64_t{row} * p.k + q;
+    kernels().outer_product({p.gradient + block * kBlockArea, error_of(p) + row * kBlock, int64_t{p.rows} * kBlock,
+                             x_ + p.cols[block] * kBlock, spec_.dim, unique_, accumulate});
+  }
+}
+
+namespace {
+
+void transpose(float* block) {
+  for (int i = 0; i < kBlock; ++i) {
+    for (int j = 0; j < i; ++j) std::swap(block[i * kBlock + j], block[j * kBlock + i]);
+  }
+}
+
+}  // namespace
+
+// dW of every block that hears these 32 neurons. Their spikes are listed once, a piece of the call at a time, and
+// each block adds up only rows with a spike; meanwhile it is held transposed, so that a spike adds to one row.
+void CpuModel::source_weights(int index, int tile, bool accumulate) {
+  const Region& region = regions_[index];
+  const auto for_blocks = [&](const Projection& p, auto body) {
+    for (int32_t at = p.by_col_start[tile]; at < p.by_col_start[tile + 1]; ++at) {
+      body(p.gradient + int64_t{p.by_col_block[at]} * kBlockArea, error_of(p) + p.by_col_row[at] * kBlock);
+    }
+  };
+  const auto begin = [&](float* dw, float*) {
+    if (accumulate) return transpose(dw);
+    std::fill_n(dw, kBlockArea, 0.0f);
+  };
+  const auto end = [&](float* dw, float*) { transpose(dw); };
+  SpikeList list;
+  // Adds the products of `rows` rows of spikes with the errors `row` rows into the call, for each projection given.
+  const auto add = [&](const float* source, int64_t row, int64_t rows, Projection* const* projections, size_t count) {
+    for (int64_t first = 0; first < rows; first += kListRows) {
+      const int64_t some = std::min<int64_t>(kListRows, rows - first);
+      kernels().list_spikes(source + first * region.n + tile * kBlock, region.n, some, &list);
+      for (size_t i = 0; i < count; ++i) {
+        const int64_t stride = int64_t{projections[i]->rows} * kBlock;
+        for_blocks(*projections[i], [&](float* dw, float* error) {
+          kernels().spike_outer({dw, error + (row + first) * stride, stride, some, &list});
+        });
       }
     }
   };
-  if (p.spec->src == kFromEmbedding) {
-    add(0, unique_, x_, spec_.dim);  // errors were summed per distinct token
-  } else if (p.spec->delay == 0) {
-    add(0, rows_, emitted(p.spec->src), regions_[p.spec->src].n);
-  } else {
-    for_source_rows(p, 0, tokens_, 0, streams_, [&](int64_t first, int64_t count, const float* source) {
-      add(first, count, source, regions_[p.spec->src].n);
+  for (const Projection* p : region.listeners) for_blocks(*p, begin);
+  for (const Projection* p : region.later_listeners) for_blocks(*p, begin);
+  add(emitted(index), 0, rows_, region.listeners.data(), region.listeners.size());
+  for (Projection* p : region.later_listeners) {
+    for_source_rows(*p, 0, tokens_, 0, streams_, [&](int64_t row, int64_t rows, const float* source) {
+      add(source, row, rows, &p, 1);
     });
   }
+  for (const Projection* p : region.listeners) for_blocks(*p, end);
+  for (const Projection* p : region.later_listeners) for_blocks(*p, end);
 }
 
 // Sums the errors of rows that share a token, in row order, into the first `unique` rows. table: [unique, 32].

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "model.h"
 #include "philox.h"
@@ -60,8 +61,9 @@ void CpuModel::forward() {
       for (int index : sequence_) {
         Region& region = regions_[index];
         const int begin = mine.first_tile(region.tiles), end = mine.last_tile(region.tiles);
-        for (int tile = begin; tile < end; ++tile) feed_region(region, mine, tile, first, count);
+        feed_region(region, mine, begin, end, first, count);
         for (int token = first; token < first + count; ++token) {
+          for (const Projection* p : region.self_delayed) add_delayed(*p, mine, begin, end, token);
           for (int tile = begin; tile < end; ++tile) tick_region(index, mine, tile, token);
           if (alone || !(region.self_recurrent || token == first + count - 1)) continue;
 #pragma omp barrier
@@ -99,39 +101,55 @@ void CpuModel::embed_region(Region& region, int tile, float* table) {
   }
 }
 
-// Everything a tile of a region hears in tokens [first, first + count), but its own recurrence. The delayed
-// input is summed where u will be written.
-void CpuModel::feed_region(Region& region, const Share& mine, int tile, int first, int count) {
-  const int offset = tile * kBlock;
-  for (int token = first; token < first + count; ++token) {
-    const int64_t row = int64_t{token} * streams_ + mine.first_stream, at = row * region.n + offset;
-    for (const Projection* p : region.drives) {
-      add_product(*p, tile, emitted(p->spec->src) + row * regions_[p->spec->src].n, mine.streams, region.d + at);
+// Everything tiles [begin, end) of a region hear in tokens [first, first + count), but its own recurrence. The
+// delayed input is summed where u will be written.
+void CpuModel::feed_region(Region& region, const Share& mine, int begin, int end, int first, int count) {
+  // Rows of all tokens at once where this thread has every stream, else token by token.
+  const bool whole = mine.streams == streams_;
+  const int64_t rows = whole ? int64_t{count} * streams_ : mine.streams;
+  const auto for_tokens = [&](auto body) {
+    for (int token = first; token < first + (whole ? 1 : count); ++token) {
+      body(int64_t{token} * streams_ + mine.first_stream);
     }
-    for (const Projection* p : region.gates) {
-      add_product(*p, tile, emitted(p->spec->src) + row * regions_[p->spec->src].n, mine.streams, region.g + at);
+  };
+  for (const auto& [projections, target] : {std::pair(&region.drives, region.d), std::pair(&region.gates, region.g)}) {
+    for (const Projection* p : *projections) {
+      const int width = regions_[p->spec->src].n;
+      for_tokens([&](int64_t row) {
+        add_spikes(*p, begin, end, emitted(p->spec->src) + row * width, width, rows, target + row * region.n, region.n);
+      });
     }
-    for (int64_t i = 0; i < mine.streams; ++i) {
-      if (region.gated) kernels().gate_row(region.g + at + i * region.n, kBlock);
-      std::fill_n(region.u + at + i * region.n, kBlock, 0.0f);
+  }
+  const int64_t width = int64_t{end - begin} * kBlock;
+  for_tokens([&](int64_t row) {
+    for (int64_t at = row * region.n + begin * kBlock; at < (row + rows) * region.n; at += region.n) {
+      if (region.gated) kernels().gate_row(region.g + at, width);
+      std::fill_n(region.u + at, width, 0.0f);
     }
-    for (const Projection* p : region.delayed) add_delayed(*p, mine, tile, token);
+  });
+  for (const Projection* p : region.delayed) {
+    for (int token = first; token < first + count; ++token) add_delayed(*p, mine, begin, end, token);
   }
 }
 
-// out [rows, 32 of n] += W s for one row of blocks.
-void CpuModel::add_product(const Projection& p, int tile, const float* source, int64_t rows, float* out) const {
-  const int64_t block = int64_t{tile} * p.k;
-  kernels().block_product({out, int64_t{p.rows} * kBlock, source, regions_[p.spec->src].n, rows, p.panels,
-                           p.order + block, p.cols + block, p.k, true});
+// out [rows, 32 * tiles of it] += W s for tiles [begin, end). out: row 0 of all tiles.
+void CpuModel::add_spikes(const Projection& p, int begin, int end, const float* source, int64_t lds, int64_t rows,
+                          float* out, int64_t ldo) const {
+  const bool dense = p.k * kBlock == spec_.width(p.spec->src);  // then all tiles hear the same columns
+  for (int tile = begin; tile < end; tile += dense ? end - begin : 1) {
+    const int64_t block = int64_t{tile} * p.k;
+    kernels().spike_product({out + tile * kBlock, ldo, source, lds, rows, p.panels + block * kBlockArea,
+                             p.cols + block, p.k, dense ? end - begin : 1, true});
+  }
 }
 
 // The same for a delayed projection, into u's rows of one token.
-void CpuModel::add_delayed(const Projection& p, const Share& mine, int tile, int token) {
+void CpuModel::add_delayed(const Projection& p, const Share& mine, int begin, int end, int token) {
   const Region& region = regions_[p.spec->dst];
+  const int width = regions_[p.spec->src].n;
   for_source_rows(p, token, 1, mine.first_stream, mine.streams,
                   [&](int64_t row, int64_t rows, const float* source) {
-                    add_product(p, tile, source, rows, region.u + row * region.n + tile * kBlock);
+                    add_spikes(p, begin, end, source, width, rows, region.u + row * region.n, region.n);
                   });
 }
 
@@ -146,7 +164,6 @@ void CpuModel::tick_region(int index, const Share& mine, int tile, int token) {
     std::fill_n(v + int64_t{i} * region.n, kBlock, 0.0f);
     std::fill_n(w + int64_t{i} * region.n, kBlock, 0.0f);
   }
-  for (const Projection* p : region.self_delayed) add_delayed(*p, mine, tile, token);
   kernels().neuron_tick({mine.streams, region.n, region.alpha + offset, region.rho + offset, region.a + offset,
                          region.b + offset, region.input_gain + offset, v, w, region.d + at,
                          region.gated ? region.g + at : nullptr, region.u + at, region.u + at, region.s + at,
@@ -177,7 +194,7 @@ void CpuModel::dropout_mask(int region, int tile, int token, int stream, float* 
 void CpuModel::read_out(int tile, float* table) {
   const int offset = tile * kBlock;
   const int64_t dim = spec_.dim;
-  bool add = false;
+  for (int64_t row = 0; row < rows_; ++row) std::fill_n(o_ + row * dim + offset, kBlock, 0.0f);
   for (const Projection* p : readout_) {
     const int32_t *order = p->order + int64_t{tile} * p->k, *cols = p->cols + int64_t{tile} * p->k;
     if (p->spec->src == kFromEmbedding) {
@@ -185,13 +202,11 @@ void CpuModel::read_out(int tile, float* table) {
       for (int64_t row = 0; row < rows_; ++row) {
         const float* from = table + int64_t{slot_of_row_[row]} * kBlock;
         float* to = o_ + row * dim + offset;
-        for (int j = 0; j < kBlock; ++j) to[j] = add ? to[j] + from[j] : from[j];
+        for (int j = 0; j < kBlock; ++j) to[j] += from[j];
       }
     } else {
-      kernels().block_product({o_ + offset, dim, emitted(p->spec->src), regions_[p->spec->src].n, rows_, p->panels,
-                               order, cols, p->k, add});
+      add_spikes(*p, tile, tile + 1, emitted(p->spec->src), regions_[p->spec->src].n, rows_, o_, dim);
     }
-    add = true;
   }
   static const float zeros[kBlock] = {};
   const float* kappa = kappa_ + offset;

@@ -4,90 +4,11 @@
 
 #include <cmath>
 
+#include "products.h"
 #include "simd.h"
 
 namespace neurogen::cpu {
 namespace {
-
-// Rows held in registers at once: accumulators (rows x kVectors) plus the panel's vectors fit the register file.
-constexpr int kRowsHeld = kLanes == 16 ? 8 : kLanes == 8 ? 3 : 1;
-constexpr int kDstHeld = kLanes == 16 ? 8 : 2;  // rows of dw held by outer_product
-
-template <int ROWS>
-inline __attribute__((always_inline)) void product_rows(const BlockProduct& p, int64_t row) {
-  vec acc[ROWS][kVectors];
-  float* out = p.out + row * p.ldo;
-#pragma GCC unroll 16
-  for (int m = 0; m < ROWS; ++m) {
-#pragma GCC unroll 8
-    for (int c = 0; c < kVectors; ++c) acc[m][c] = p.add ? load(out + m * p.ldo + c * kLanes) : vec{};
-  }
-  for (int64_t q = 0; q < p.k; ++q) {
-    const float* panel = p.panels + static_cast<int64_t>(p.block[q]) * 1024;
-    const float* x = p.x + row * p.ldx + static_cast<int64_t>(p.col[q]) * 32;
-    for (int j = 0; j < 32; ++j) {
-      vec weight[kVectors];
-#pragma GCC unroll 8
-      for (int c = 0; c < kVectors; ++c) weight[c] = load(panel + j * 32 + c * kLanes);
-#pragma GCC unroll 16
-      for (int m = 0; m < ROWS; ++m) {
-        const float value = x[m * p.ldx + j];
-#pragma GCC unroll 8
-        for (int c = 0; c < kVectors; ++c) acc[m][c] += weight[c] * value;
-      }
-    }
-  }
-#pragma GCC unroll 16
-  for (int m = 0; m < ROWS; ++m) {
-#pragma GCC unroll 8
-    for (int c = 0; c < kVectors; ++c) store(out + m * p.ldo + c * kLanes, acc[m][c]);
-  }
-}
-
-void block_product(const BlockProduct& p) {
-  int64_t row = 0;
-  for (; row + kRowsHeld <= p.rows; row += kRowsHeld) product_rows<kRowsHeld>(p, row);
-  if constexpr (kRowsHeld > 4) {
-    for (; row + 4 <= p.rows; row += 4) product_rows<4>(p, row);
-  }
-  for (; row < p.rows; ++row) product_rows<1>(p, row);
-}
-
-inline __attribute__((always_inline)) void outer_rows(const OuterProduct& p, int64_t first, int64_t count, int i0,
-                                                      bool add) {
-  vec acc[kDstHeld][kVectors];
-  float* dw = p.dw + i0 * 32;
-#pragma GCC unroll 8
-  for (int i = 0; i < kDstHeld; ++i) {
-#pragma GCC unroll 8
-    for (int c = 0; c < kVectors; ++c) acc[i][c] = add ? load(dw + i * 32 + c * kLanes) : vec{};
-  }
-  const float* e = p.e + first * p.lde + i0;
-  const float* x = p.x + first * p.ldx;
-  for (int64_t m = 0; m < count; ++m, e += p.lde, x += p.ldx) {
-    vec source[kVectors];
-#pragma GCC unroll 8
-    for (int c = 0; c < kVectors; ++c) source[c] = load(x + c * kLanes);
-#pragma GCC unroll 8
-    for (int i = 0; i < kDstHeld; ++i) {
-#pragma GCC unroll 8
-      for (int c = 0; c < kVectors; ++c) acc[i][c] += source[c] * e[i];
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < kDstHeld; ++i) {
-#pragma GCC unroll 8
-    for (int c = 0; c < kVectors; ++c) store(dw + i * 32 + c * kLanes, acc[i][c]);
-  }
-}
-
-void outer_product(const OuterProduct& p) {
-  constexpr int64_t kRows = 128;  // 128 rows of e and x (32 KB) stay in L1 over the passes below
-  for (int64_t first = 0; first < p.rows || first == 0; first += kRows) {
-    const int64_t count = p.rows - first < kRows ? p.rows - first : kRows;
-    for (int i0 = 0; i0 < 32; i0 += kDstHeld) outer_rows(p, first, count, i0, p.add || first > 0);
-  }
-}
 
 // s = H(u) * (1 + u) graded, H(u) binary.
 inline vec spike(vec u, bool graded) { return u > 0 ? (graded ? u + 1.0f : splat(1.0f)) : vec{}; }
@@ -254,7 +175,8 @@ double sum_of_squares(const float* x, int64_t count) {
 #define NG_TEXT_OF(isa) #isa
 #define NG_TEXT(isa) NG_TEXT_OF(isa)
 extern const Kernels NG_TABLE(NG_ISA);
-const Kernels NG_TABLE(NG_ISA) = {NG_TEXT(NG_ISA), block_product, outer_product, neuron_tick, adjoint_scan,
-                                  softmax_row,     gate_row,      adam,          sum_of_squares};
+const Kernels NG_TABLE(NG_ISA) = {NG_TEXT(NG_ISA), block_product, outer_product, spike_product, list_spikes,
+                                  spike_outer,     neuron_tick,   adjoint_scan,  softmax_row,   gate_row,
+                                  adam,            sum_of_squares};
 
 }  // namespace neurogen::cpu

@@ -34,6 +34,37 @@ struct OuterProduct {
   bool add;
 };
 
+// out[m][32*tile + i] (+)= sum over q < k and spikes x[m][32*col[q] + j] != 0 of that spike * panels[tile*k + q][j][i]
+// for `tiles` rows of blocks, which all hold the columns `col`.
+struct SpikeProduct {
+  float* out;  // [rows, 32 * tiles], row stride ldo
+  int64_t ldo;
+  const float* x;  // [rows, width], row stride ldx
+  int64_t ldx;
+  int64_t rows;
+  const float* panels;
+  const int32_t* col;  // [k]
+  int64_t k, tiles;
+  bool add;
+};
+
+// The spikes of 32 sources in at most kListRows rows, source by source, rows ascending.
+constexpr int kListRows = 128;
+struct SpikeList {
+  uint8_t count[32];
+  uint8_t row[32][kListRows];
+  float value[32][kListRows];
+};
+
+// dw[j][i] += sum over the listed rows m < rows of value * e[m][i]. dw: one block, transposed ([src, dst]).
+struct SpikeOuter {
+  float* dw;
+  const float* e;  // [rows, 32], row stride lde
+  int64_t lde;
+  int64_t rows;
+  const SpikeList* list;
+};
+
 // One token of 32 neurons in S streams (DESIGN equations in forward.cpp). All rows have stride n unless said.
 struct NeuronTick {
   int64_t streams, n;
@@ -88,6 +119,9 @@ struct Kernels {
   const char* name;
   void (*block_product)(const BlockProduct&);
   void (*outer_product)(const OuterProduct&);
+  void (*spike_product)(const SpikeProduct&);
+  void (*list_spikes)(const float* x, int64_t ldx, int64_t rows, SpikeList*);
+  void (*spike_outer)(const SpikeOuter&);
   void (*neuron_tick)(const NeuronTick&);
   void (*adjoint_scan)(const AdjointScan&);
   void (*softmax_row)(SoftmaxRow&);

@@ -17,8 +17,8 @@ MemoryPlan cpu_memory_plan(const ModelSpec& spec) { return cpu::CpuModel::plan(s
 namespace cpu {
 namespace {
 
-// Logits of one decoder chunk: about 32 MB, so that a chunk stays near the last-level cache.
-constexpr int64_t kLogitFloats = int64_t{8} << 20;
+// Logits of one decoder chunk, at most 64 MB: enough rows that packing the weights is a small part of a product.
+constexpr int64_t kLogitFloats = int64_t{16} << 20;
 
 int largest_delay_from(const ModelSpec& spec, int region) {
   int largest = 0;
@@ -105,7 +105,9 @@ void CpuModel::connect() {
       regions_[dst].gated |= p.spec->gate;
       regions_[dst].self_recurrent |= src == dst;
     }
-    if (src != kFromEmbedding && p.spec->delay == 0) regions_[src].listeners.push_back(&p);
+    if (src != kFromEmbedding) {
+      (p.spec->delay ? regions_[src].later_listeners : regions_[src].listeners).push_back(&p);
+    }
   }
 }
 

@@ -39,6 +39,7 @@ struct Region {
   std::vector<Projection*> from_embedding, drives, gates;  // delay 0, into this region
   std::vector<Projection*> delayed, self_delayed;          // into this region, from others / from itself
   std::vector<Projection*> listeners;                      // delay 0, out of this region
+  std::vector<Projection*> later_listeners;                // delayed, out of this region
   // Saved by forward, [M, n]. backward turns d into dg and g into dd where the region is gated.
   float *u = nullptr, *s = nullptr, *dropped = nullptr, *d = nullptr, *g = nullptr;
   float* delta = nullptr;              // dE/dI, [M, n]; shares d where the region has no gate
@@ -99,10 +100,11 @@ class CpuModel final : public Model {
   void embed_region(Region& region, int tile, float* table);
   struct Share;
   Share share(int thread, int threads) const;
-  void feed_region(Region& region, const Share& mine, int tile, int first, int count);
+  void feed_region(Region& region, const Share& mine, int begin, int end, int first, int count);
   void tick_region(int index, const Share& mine, int tile, int token);
-  void add_product(const Projection& p, int tile, const float* source, int64_t rows, float* out) const;
-  void add_delayed(const Projection& p, const Share& mine, int tile, int token);
+  void add_spikes(const Projection& p, int begin, int end, const float* source, int64_t lds, int64_t rows, float* out,
+                  int64_t ldo) const;
+  void add_delayed(const Projection& p, const Share& mine, int begin, int end, int token);
   void dropout_mask(int region, int tile, int token, int stream, float* mask) const;
   void read_out(int tile, float* table);
   float normalize(const float* o, float* broca) const;
@@ -129,7 +131,8 @@ class CpuModel final : public Model {
   void learn_tile(int index, int tile, float* scratch, bool accumulate);
   void pull(const Projection& p, int col, int64_t rows, float* out, int64_t ldo, bool add) const;
   float* error_of(const Projection& p) const;
-  void weight_gradient(const Projection& p, int row, bool accumulate);
+  void embedding_weights(const Projection& p, int row, bool accumulate);
+  void source_weights(int index, int tile, bool accumulate);
   void segment(float* error, int width, float* table) const;
   void clear_embedding_gradient();
   void embedding_gradient(int tile);

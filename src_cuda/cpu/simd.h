@@ -3,6 +3,8 @@
 // times with different flags and no copy may win over another at link time.
 #pragma once
 
+#include <immintrin.h>
+
 #include <cstdint>
 #include <cstring>
 
@@ -35,6 +37,28 @@ inline float sum(vec x) {
   float total = 0;
   for (int i = 0; i < kLanes; ++i) total += x[i];
   return total;
+}
+
+// Bit j set where x[j] != 0, j < 32.
+inline uint32_t nonzero(const float* x) {
+  uint32_t bits = 0;
+#if defined(__AVX512F__)
+  for (int c = 0; c < 32; c += 16) {
+    const __mmask16 set = _mm512_cmp_ps_mask(_mm512_loadu_ps(x + c), _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    bits |= static_cast<uint32_t>(set) << c;
+  }
+#elif defined(__AVX2__)
+  for (int c = 0; c < 32; c += 8) {
+    const __m256 set = _mm256_cmp_ps(_mm256_loadu_ps(x + c), _mm256_setzero_ps(), _CMP_NEQ_UQ);
+    bits |= static_cast<uint32_t>(_mm256_movemask_ps(set)) << c;
+  }
+#else
+  for (int c = 0; c < 32; c += 4) {
+    const __m128 set = _mm_cmpneq_ps(_mm_loadu_ps(x + c), _mm_setzero_ps());
+    bits |= static_cast<uint32_t>(_mm_movemask_ps(set)) << c;
+  }
+#endif
+  return bits;
 }
 
 // e^x: 2^k times a polynomial on [-ln2/2, ln2/2]; relative error below 2e-7 for x in [-87, 88], clamped outside.

@@ -424,11 +424,12 @@ cdef class Engine:
         """(u, s) of the last training call with record=True, [B, T, n] copies."""
         if not self.recorded_tokens:
             raise RuntimeError("recorded: expected the last call to be a training call with record=True, got none")
-        cdef int64_t n = self.config.regions[region].neurons
-        shape = (self.recorded_tokens, self.recorded_streams, n)
-        u = make_view("u", self, <void*>deref(self.model).recorded_u(region), shape, np.float32, True)
-        s = make_view("s", self, <void*>deref(self.model).recorded_s(region), shape, np.float32, True)
-        return tuple([np.ascontiguousarray(np.asarray(view).transpose(1, 0, 2)) for view in (u, s)])
+        shape = (self.recorded_tokens, self.recorded_streams, self.config.regions[region].neurons)
+        u, s = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        cdef float[:, :, ::1] to_u = u
+        cdef float[:, :, ::1] to_s = s
+        deref(self.model).recorded(region, &to_u[0, 0, 0], &to_s[0, 0, 0])
+        return np.ascontiguousarray(u.transpose(1, 0, 2)), np.ascontiguousarray(s.transpose(1, 0, 2))
 
     def counters(self):
         """Launches, synchronisations, bytes and allocations since construction."""

@@ -36,8 +36,30 @@ cdef object _host_exporter(object source, str name):
         if device != 1:
             raise TypeError(f"{name}: expected a host array for a model on the {BACKEND} backend, got a DLPack "
                             f"array on device type {device} ({type(source).__name__})")
-        return np.from_dlpack(source)
+        return _shared_dlpack(source)
     raise TypeError(f"{name}: expected {_HOST_KINDS}, got {type(source).__name__}")
+
+
+cdef object _shared_dlpack(object source):
+    """NumPy's view of a host DLPack array, writable where the producer's memory is."""
+    array = np.from_dlpack(source)
+    if not array.flags.writeable and hasattr(source, "__array__"):
+        # Capsules from before DLPack 1.0 do not say whether they may be written, and NumPy takes them read-only.
+        known = np.asarray(source)
+        if known.__array_interface__["data"] == (array.__array_interface__["data"][0], False):
+            return known
+    return array
+
+
+def host_array(source, str name, tuple dtypes):
+    """`source` as a NumPy array of the same memory; kind and dtype are checked, the rest is the caller's."""
+    try:
+        array = np.asarray(_host_exporter(source, name))
+    except (BufferError, RuntimeError, ValueError) as error:
+        raise TypeError(f"{name}: expected {_HOST_KINDS}, got {type(source).__name__}: {error}") from error
+    if array.dtype.name not in dtypes or not array.dtype.isnative:
+        raise TypeError(f"{name}: expected dtype {' or '.join(dtypes)}, got {array.dtype}")
+    return array
 
 
 cdef class Borrowed:
@@ -69,6 +91,19 @@ cdef class Borrowed:
             raise ValueError(f"{self.name}: expected shape {expected}, got {self.shape()}")
         return 0
 
+    cdef int check_finite(self) except -1:
+        """Refuses NaN and infinity in a float32 buffer."""
+        cdef const float* values = <const float*>self.view.buf
+        cdef Py_ssize_t i, count = self.size(), bad = -1
+        with nogil:
+            for i in range(count):
+                if not isfinite(values[i]):
+                    bad = i
+                    break
+        if bad >= 0:
+            raise ValueError(f"{self.name}: expected finite values, got {values[bad]}")
+        return 0
+
     cdef int check_apart(self, Borrowed other) except -1:
         """Refuses to write into memory that is read in the same call."""
         cdef char* mine = <char*>self.view.buf
@@ -81,7 +116,10 @@ cdef class Borrowed:
 cdef Borrowed borrow(object source, str name, tuple dtypes, bint writable=False):
     """Takes a buffer: kind, dtype, contiguity, writability and emptiness are checked, in this order."""
     cdef Borrowed out = Borrowed.__new__(Borrowed)
-    PyObject_GetBuffer(_host_exporter(source, name), &out.view, PyBUF_FORMAT | PyBUF_STRIDES)
+    try:
+        PyObject_GetBuffer(_host_exporter(source, name), &out.view, PyBUF_FORMAT | PyBUF_STRIDES)
+    except (BufferError, RuntimeError, ValueError) as error:  # the exporter's own refusal
+        raise TypeError(f"{name}: expected {_HOST_KINDS}, got {type(source).__name__}: {error}") from error
     out.held = True
     out.name = name
     out.dtype = _dtype_name(&out.view)
@@ -120,6 +158,9 @@ cdef class TensorView:
     cdef void* data
     cdef Py_ssize_t extents[4]
     cdef Py_ssize_t strides[4]
+
+    def __init__(self):
+        raise TypeError("TensorView: expected to be taken from a model (parameters, gradients), got a call")
 
     def __getbuffer__(self, Py_buffer* view, int flags):
         if self.readonly and flags & 1:  # PyBUF_WRITABLE

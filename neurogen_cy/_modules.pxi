@@ -12,7 +12,7 @@ cdef class TokenEmbedding:
 
     cdef Engine engine
 
-    def __init__(self, Engine engine not None):
+    def __cinit__(self, Engine engine not None):
         self.engine = engine
 
     def encode_into(self, ids, out):
@@ -60,7 +60,7 @@ cdef class TokenEmbedding:
 
     def row_view(self, id):
         """A read-only view [D] of one token's embedding; it follows training. IndexError outside 0..V-1."""
-        if isinstance(id, bool) or not isinstance(id, (int, np.integer)):
+        if isinstance(id, bool) or not isinstance(id, Integral):
             raise TypeError(f"id: expected an integer, got {type(id).__name__}")
         vocab = self.engine.config.vocab_size
         if not 0 <= id < vocab:
@@ -74,7 +74,7 @@ cdef class Brain:
     cdef Engine engine
     cdef NeuronState state
 
-    def __init__(self, Engine engine not None):
+    def __cinit__(self, Engine engine not None):
         self.engine = engine
         self.state = engine.own_state()
 
@@ -93,8 +93,10 @@ cdef class Brain:
         cdef const float* rows = <const float*>a.view.buf
         cdef bint keep_open = hold
         self._check_width(a)
+        a.check_finite()
         self.engine.enter()
         try:
+            self.engine.recorded_tokens = 0
             with nogil:
                 deref(self.engine.model).step(rows, keep_open)
         finally:
@@ -133,7 +135,7 @@ cdef class Decoder:
 
     cdef Engine engine
 
-    def __init__(self, Engine engine not None):
+    def __cinit__(self, Engine engine not None):
         self.engine = engine
 
     def logits_into(self, broca, out):
@@ -177,6 +179,8 @@ cdef class Decoder:
         cdef int32_t* to = <int32_t*>b.view.buf
         cdef Sampling sampling
         check_sampling(temperature, top_k, top_p, seed)
+        _check_word("position", position)
+        a.check_finite()
         b.check_shape((rows,))
         b.check_apart(a)
         sampling.temperature, sampling.top_k, sampling.top_p = temperature, min(top_k, 2**31 - 1), top_p
@@ -195,14 +199,36 @@ cdef class Decoder:
         return broca.view.shape[0]
 
 
+cdef double _LEAST = np.finfo(np.float32).tiny
+cdef double _MOST = np.finfo(np.float32).max
+
+
 def check_sampling(temperature, top_k, top_p, seed):
     """Refuses sampling arguments outside their ranges."""
-    if not (isinstance(temperature, (int, float, np.floating)) and isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature: expected a finite number > 0 (greedy=True for the most probable token), "
-                         f"got {temperature!r}")
-    if isinstance(top_k, bool) or not isinstance(top_k, (int, np.integer)) or top_k < 0:
+    check_real("temperature", temperature)
+    if not _LEAST <= temperature <= _MOST:
+        raise ValueError(f"temperature: expected a finite float32 number > 0 (greedy=True for the most probable "
+                         f"token), got {temperature!r}")
+    if isinstance(top_k, bool) or not isinstance(top_k, Integral):
+        raise TypeError(f"top_k: expected an integer >= 0, got {top_k!r}")
+    if top_k < 0:
         raise ValueError(f"top_k: expected an integer >= 0, got {top_k!r}")
-    if not (isinstance(top_p, (int, float, np.floating)) and 0 < top_p <= 1):
+    check_real("top_p", top_p)
+    if not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected a number in (0, 1], got {top_p!r}")
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**64:
-        raise ValueError(f"seed: expected an integer in 0..2**64-1, got {seed!r}")
+    _check_word("seed", seed)
+
+
+cdef int check_real(str name, object value) except -1:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    return 0
+
+
+cdef int _check_word(str name, object value) except -1:
+    """An unsigned 64-bit integer."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected an integer in 0..2**64-1, got {value!r}")
+    if not 0 <= value < 2**64:
+        raise ValueError(f"{name}: expected an integer in 0..2**64-1, got {value!r}")
+    return 0

@@ -122,8 +122,7 @@ cdef extern from "neurogen/model.h" namespace "neurogen" nogil:
         void logits(const float*, int64_t, float*) except +
         void sample(const float*, int64_t, const Sampling&, int32_t*) except +
         double rate(int) except +
-        const float* recorded_u(int) except +
-        const float* recorded_s(int) except +
+        void recorded(int, float*, float*) except +
         Counters counters() except +
 
     ctypedef vector[pair[string, int64_t]] MemoryPlan

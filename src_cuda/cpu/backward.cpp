@@ -36,9 +36,8 @@ void CpuModel::learn(bool accumulate) {
 #pragma omp barrier
     for (const Projection& p : projections_) {
       if (p.spec->src != kFromEmbedding) continue;
-      const int width = p.rows * kBlock;
 #pragma omp for schedule(static) nowait
-      for (int row = 0; row < p.rows; ++row) segment(error_of(p) + row * kBlock, width, scratch);
+      for (int row = 0; row < p.rows; ++row) segment(error_of(p) + row * slab(), scratch);
     }
 #pragma omp barrier
     for (const Projection& p : projections_) {
@@ -62,25 +61,26 @@ void CpuModel::unnormalize_row(int64_t row) {
   for (int64_t j = 0; j < dim; ++j) error[j] = inverse_rms_[row] * (error[j] - broca[j] * mean);
 }
 
-// dE/d o -> dE/d (summed readout input), in place: the integrator's adjoint. carry: scratch [S, 32].
+// dE/d o -> dE/d(summed readout input): the integrator's adjoint. carry: scratch [S, 32].
 void CpuModel::readout_error(int tile, float* carry) {
   const float* kappa = kappa_ + tile * kBlock;
   std::fill_n(carry, int64_t{streams_} * kBlock, 0.0f);
   for (int64_t row = rows_ - 1; row >= 0; --row) {
     float* lo = carry + row % streams_ * kBlock;
-    float* error = d_broca_ + row * spec_.dim + tile * kBlock;
+    const float* error = d_broca_ + row * spec_.dim + tile * kBlock;
+    float* out = readout_error_ + tile * slab() + row * kBlock;
     const bool cut = has_resets_ && resets_[row];
     for (int j = 0; j < kBlock; ++j) {
       const float adjoint = error[j] + lo[j];
-      error[j] = (1.0f - kappa[j]) * adjoint;
+      out[j] = (1.0f - kappa[j]) * adjoint;
       lo[j] = cut ? 0.0f : kappa[j] * adjoint;
     }
   }
 }
 
-// What a projection's weights are multiplied with: the error at its receiver, [M, width of dst].
+// What a projection's weights are multiplied with: the error at its receiver, [tiles of dst, M, 32].
 float* CpuModel::error_of(const Projection& p) const {
-  if (p.spec->dst == spec_.readout()) return d_broca_;
+  if (p.spec->dst == spec_.readout()) return readout_error_;
   const Region& region = regions_[p.spec->dst];
   return p.spec->gate ? region.error_gate() : p.spec->delay ? region.delta : region.error_drive();
 }
@@ -88,7 +88,7 @@ float* CpuModel::error_of(const Projection& p) const {
 // out (+)= W^T e for one block column: the error that reaches 32 sources through this projection.
 void CpuModel::pull(const Projection& p, int col, int64_t rows, float* out, int64_t ldo, bool add) const {
   const int32_t begin = p.by_col_start[col], end = p.by_col_start[col + 1];
-  kernels().block_product({out, ldo, error_of(p), int64_t{p.rows} * kBlock, rows, p.blocks, p.by_col_block + begin,
+  kernels().block_product({out, ldo, {error_of(p), kBlock, slab()}, rows, p.blocks, p.by_col_block + begin,
                            p.by_col_row + begin, end - begin, add});
 }
 
@@ -115,19 +115,19 @@ void CpuModel::learn_tile(int index, int tile, float* scratch, bool accumulate) 
   }
   if (!accumulate) std::fill_n(region.dbias + offset, kBlock, 0.0f);
   float* adjoints = scratch + rows_ * kBlock;
-  kernels().adjoint_scan({streams_, tokens_, region.n, region.alpha + offset, region.rho + offset,
-                          region.a + offset, region.b + offset, region.input_gain + offset, region.u + offset,
-                          learning, rate_signal, has_resets_ ? resets_ : nullptr, adjoints,
-                          adjoints + int64_t{streams_} * kBlock, region.delta + offset,
-                          region.gated ? region.d + offset : nullptr, region.gated ? region.g + offset : nullptr,
-                          region.dbias + offset, spec_.surrogate_k, spec_.graded});
+  const int64_t at = tile * slab();
+  kernels().adjoint_scan({streams_, tokens_, region.alpha + offset, region.rho + offset, region.a + offset,
+                          region.b + offset, region.input_gain + offset, region.u + at, learning, rate_signal,
+                          has_resets_ ? resets_ : nullptr, adjoints, adjoints + int64_t{streams_} * kBlock,
+                          region.delta + at, region.gated ? region.d + at : nullptr,
+                          region.gated ? region.g + at : nullptr, region.dbias + offset, spec_.surrogate_k, spec_.graded});
 }
 
 // dW of one row of blocks of an embedding projection; its errors were summed per distinct token.
 void CpuModel::embedding_weights(const Projection& p, int row, bool accumulate) {
   for (int q = 0; q < p.k; ++q) {
     const int64_t block = int64_t{row} * p.k + q;
-    kernels().outer_product({p.gradient + block * kBlockArea, error_of(p) + row * kBlock, int64_t{p.rows} * kBlock,
+    kernels().outer_product({p.gradient + block * kBlockArea, error_of(p) + row * slab(),
                              x_ + p.cols[block] * kBlock, spec_.dim, unique_, accumulate});
   }
 }
@@ -148,7 +148,7 @@ void CpuModel::source_weights(int index, int tile, bool accumulate) {
   const Region& region = regions_[index];
   const auto for_blocks = [&](const Projection& p, auto body) {
     for (int32_t at = p.by_col_start[tile]; at < p.by_col_start[tile + 1]; ++at) {
-      body(p.gradient + int64_t{p.by_col_block[at]} * kBlockArea, error_of(p) + p.by_col_row[at] * kBlock);
+      body(p.gradient + int64_t{p.by_col_block[at]} * kBlockArea, error_of(p) + p.by_col_row[at] * slab());
     }
   };
   const auto begin = [&](float* dw, float*) {
@@ -158,14 +158,13 @@ void CpuModel::source_weights(int index, int tile, bool accumulate) {
   const auto end = [&](float* dw, float*) { transpose(dw); };
   SpikeList list;
   // Adds the products of `rows` rows of spikes with the errors `row` rows into the call, for each projection given.
-  const auto add = [&](const float* source, int64_t row, int64_t rows, Projection* const* projections, size_t count) {
+  const auto add = [&](const Source& source, int64_t row, int64_t rows, Projection* const* projections, size_t count) {
     for (int64_t first = 0; first < rows; first += kListRows) {
       const int64_t some = std::min<int64_t>(kListRows, rows - first);
-      kernels().list_spikes(source + first * region.n + tile * kBlock, region.n, some, &list);
+      kernels().list_spikes(source.from_row(first).data + tile * source.tile, source.row, some, &list);
       for (size_t i = 0; i < count; ++i) {
-        const int64_t stride = int64_t{projections[i]->rows} * kBlock;
         for_blocks(*projections[i], [&](float* dw, float* error) {
-          kernels().spike_outer({dw, error + (row + first) * stride, stride, some, &list});
+          kernels().spike_outer({dw, error + (row + first) * kBlock, some, &list});
         });
       }
     }
@@ -174,7 +173,7 @@ void CpuModel::source_weights(int index, int tile, bool accumulate) {
   for (const Projection* p : region.later_listeners) for_blocks(*p, begin);
   add(emitted(index), 0, rows_, region.listeners.data(), region.listeners.size());
   for (Projection* p : region.later_listeners) {
-    for_source_rows(*p, 0, tokens_, 0, streams_, [&](int64_t row, int64_t rows, const float* source) {
+    for_source_rows(*p, 0, tokens_, 0, streams_, [&](int64_t row, int64_t rows, const Source& source) {
       add(source, row, rows, &p, 1);
     });
   }
@@ -183,15 +182,13 @@ void CpuModel::source_weights(int index, int tile, bool accumulate) {
 }
 
 // Sums the errors of rows that share a token, in row order, into the first `unique` rows. table: [unique, 32].
-void CpuModel::segment(float* error, int width, float* table) const {
+void CpuModel::segment(float* error, float* table) const {
   std::fill_n(table, int64_t{unique_} * kBlock, 0.0f);
   for (int64_t row = 0; row < rows_; ++row) {
     float* to = table + int64_t{slot_of_row_[row]} * kBlock;
-    for (int j = 0; j < kBlock; ++j) to[j] += error[row * width + j];
+    for (int j = 0; j < kBlock; ++j) to[j] += error[row * kBlock + j];
   }
-  for (int i = 0; i < unique_; ++i) {
-    std::memcpy(error + int64_t{i} * width, table + int64_t{i} * kBlock, sizeof(float) * kBlock);
-  }
+  std::copy_n(table, int64_t{unique_} * kBlock, error);
 }
 
 void CpuModel::clear_embedding_gradient() {
@@ -224,7 +221,7 @@ void CpuModel::embedding_gradient(int tile) {
 void CpuModel::count_spikes(Region& region, int tile) const {
   float count[kBlock] = {};
   for (int64_t row = 0; row < rows_; ++row) {
-    const float* u = region.u + row * region.n + tile * kBlock;
+    const float* u = region.u + tile * slab() + row * kBlock;
     for (int j = 0; j < kBlock; ++j) count[j] += u[j] > 0 ? 1.0f : 0.0f;
   }
   std::copy(count, count + kBlock, region.spike_count + tile * kBlock);

@@ -82,23 +82,22 @@ void CpuModel::forward() {
 
 // d and g of all rows start as bias + the embedding's share. table: scratch [unique, 32].
 void CpuModel::embed_region(Region& region, int tile, float* table) {
-  const int offset = tile * kBlock;
-  const float* bias = region.bias + offset;
+  const float* bias = region.bias + tile * kBlock;
   bool driven = false, gated = false;
   for (const Projection* p : region.from_embedding) {
-    kernels().block_product({table, kBlock, x_, spec_.dim, unique_, p->panels, p->order + int64_t{tile} * p->k,
-                             p->cols + int64_t{tile} * p->k, p->k, false});
-    float* out = (p->spec->gate ? region.g : region.d) + offset;
-    for (int64_t row = 0; row < rows_; ++row, out += region.n) {
+    kernels().block_product({table, kBlock, {x_, spec_.dim, kBlock}, unique_, p->panels,
+                             p->order + int64_t{tile} * p->k, p->cols + int64_t{tile} * p->k, p->k, false});
+    float* out = (p->spec->gate ? region.g : region.d) + tile * slab();
+    for (int64_t row = 0; row < rows_; ++row, out += kBlock) {
       const float* from = table + int64_t{slot_of_row_[row]} * kBlock;
       for (int j = 0; j < kBlock; ++j) out[j] = p->spec->gate ? from[j] : bias[j] + from[j];
     }
     (p->spec->gate ? gated : driven) = true;
   }
-  for (int64_t row = 0; row < rows_; ++row) {
-    if (!driven) std::memcpy(region.d + row * region.n + offset, bias, sizeof(float) * kBlock);
-    if (region.gated && !gated) std::fill_n(region.g + row * region.n + offset, kBlock, 0.0f);
+  for (int64_t row = 0; !driven && row < rows_; ++row) {
+    std::memcpy(region.d + tile * slab() + row * kBlock, bias, sizeof(float) * kBlock);
   }
+  if (region.gated && !gated) std::fill_n(region.g + tile * slab(), slab(), 0.0f);
 }
 
 // Everything tiles [begin, end) of a region hear in tokens [first, first + count), but its own recurrence. The
@@ -114,17 +113,16 @@ void CpuModel::feed_region(Region& region, const Share& mine, int begin, int end
   };
   for (const auto& [projections, target] : {std::pair(&region.drives, region.d), std::pair(&region.gates, region.g)}) {
     for (const Projection* p : *projections) {
-      const int width = regions_[p->spec->src].n;
-      for_tokens([&](int64_t row) {
-        add_spikes(*p, begin, end, emitted(p->spec->src) + row * width, width, rows, target + row * region.n, region.n);
+      for_tokens([&, to = target](int64_t row) {
+        add_spikes(*p, begin, end, emitted(p->spec->src).from_row(row), rows, {to + row * kBlock, kBlock, slab()});
       });
     }
   }
-  const int64_t width = int64_t{end - begin} * kBlock;
   for_tokens([&](int64_t row) {
-    for (int64_t at = row * region.n + begin * kBlock; at < (row + rows) * region.n; at += region.n) {
-      if (region.gated) kernels().gate_row(region.g + at, width);
-      std::fill_n(region.u + at, width, 0.0f);
+    for (int tile = begin; tile < end; ++tile) {
+      const int64_t at = tile * slab() + row * kBlock;
+      if (region.gated) kernels().gate_row(region.g + at, rows * kBlock);
+      std::fill_n(region.u + at, rows * kBlock, 0.0f);
     }
   });
   for (const Projection* p : region.delayed) {
@@ -132,31 +130,29 @@ void CpuModel::feed_region(Region& region, const Share& mine, int begin, int end
   }
 }
 
-// out [rows, 32 * tiles of it] += W s for tiles [begin, end). out: row 0 of all tiles.
-void CpuModel::add_spikes(const Projection& p, int begin, int end, const float* source, int64_t lds, int64_t rows,
-                          float* out, int64_t ldo) const {
+// out += W s for tiles [begin, end) of the receiver.
+void CpuModel::add_spikes(const Projection& p, int begin, int end, const Source& source, int64_t rows,
+                          const Sink& out) const {
   const bool dense = p.k * kBlock == spec_.width(p.spec->src);  // then all tiles hear the same columns
   for (int tile = begin; tile < end; tile += dense ? end - begin : 1) {
     const int64_t block = int64_t{tile} * p.k;
-    kernels().spike_product({out + tile * kBlock, ldo, source, lds, rows, p.panels + block * kBlockArea,
-                             p.cols + block, p.k, dense ? end - begin : 1, true});
+    kernels().spike_product({{out.data + tile * out.tile, out.row, out.tile}, source, rows,
+                             p.panels + block * kBlockArea, p.cols + block, p.k, dense ? end - begin : 1, true});
   }
 }
 
 // The same for a delayed projection, into u's rows of one token.
 void CpuModel::add_delayed(const Projection& p, const Share& mine, int begin, int end, int token) {
   const Region& region = regions_[p.spec->dst];
-  const int width = regions_[p.spec->src].n;
-  for_source_rows(p, token, 1, mine.first_stream, mine.streams,
-                  [&](int64_t row, int64_t rows, const float* source) {
-                    add_spikes(p, begin, end, source, width, rows, region.u + row * region.n, region.n);
-                  });
+  for_source_rows(p, token, 1, mine.first_stream, mine.streams, [&](int64_t row, int64_t rows, const Source& source) {
+    add_spikes(p, begin, end, source, rows, {region.u + row * kBlock, kBlock, slab()});
+  });
 }
 
 void CpuModel::tick_region(int index, const Share& mine, int tile, int token) {
   Region& region = regions_[index];
   const int offset = tile * kBlock;
-  const int64_t row = int64_t{token} * streams_ + mine.first_stream, at = row * region.n + offset;
+  const int64_t row = int64_t{token} * streams_ + mine.first_stream, at = tile * slab() + row * kBlock;
   float* v = region.v + int64_t{mine.first_stream} * region.n + offset;
   float* w = region.w + int64_t{mine.first_stream} * region.n + offset;
   for (int i = 0; has_resets_ && i < mine.streams; ++i) {
@@ -164,12 +160,12 @@ void CpuModel::tick_region(int index, const Share& mine, int tile, int token) {
     std::fill_n(v + int64_t{i} * region.n, kBlock, 0.0f);
     std::fill_n(w + int64_t{i} * region.n, kBlock, 0.0f);
   }
-  kernels().neuron_tick({mine.streams, region.n, region.alpha + offset, region.rho + offset, region.a + offset,
-                         region.b + offset, region.input_gain + offset, v, w, region.d + at,
+  kernels().neuron_tick({mine.streams, region.alpha + offset, region.rho + offset, region.a + offset,
+                         region.b + offset, region.input_gain + offset, v, w, region.n, region.d + at,
                          region.gated ? region.g + at : nullptr, region.u + at, region.u + at, region.s + at,
                          spec_.graded});
   for (int i = 0; train_dropout_ && i < mine.streams; ++i) {
-    const int64_t from = at + int64_t{i} * region.n;
+    const int64_t from = at + int64_t{i} * kBlock;
     float mask[kBlock];
     dropout_mask(index, tile, token, mine.first_stream + i, mask);
     for (int j = 0; j < kBlock; ++j) region.dropped[from + j] = region.s[from + j] * mask[j];
@@ -198,14 +194,14 @@ void CpuModel::read_out(int tile, float* table) {
   for (const Projection* p : readout_) {
     const int32_t *order = p->order + int64_t{tile} * p->k, *cols = p->cols + int64_t{tile} * p->k;
     if (p->spec->src == kFromEmbedding) {
-      kernels().block_product({table, kBlock, x_, dim, unique_, p->panels, order, cols, p->k, false});
+      kernels().block_product({table, kBlock, {x_, dim, kBlock}, unique_, p->panels, order, cols, p->k, false});
       for (int64_t row = 0; row < rows_; ++row) {
         const float* from = table + int64_t{slot_of_row_[row]} * kBlock;
         float* to = o_ + row * dim + offset;
         for (int j = 0; j < kBlock; ++j) to[j] += from[j];
       }
     } else {
-      add_spikes(*p, tile, tile + 1, emitted(p->spec->src), regions_[p->spec->src].n, rows_, o_, dim);
+      add_spikes(*p, tile, tile + 1, emitted(p->spec->src), rows_, {o_, dim, kBlock});
     }
   }
   static const float zeros[kBlock] = {};
@@ -227,6 +223,22 @@ float CpuModel::normalize(const float* o, float* broca) const {
   return factor;
 }
 
+// Rows [row, row + count) of a region's array, [count, n].
+void CpuModel::copy_rows(const Region& region, const float* array, int64_t row, int64_t count, float* out) const {
+  for (int tile = 0; tile < region.tiles; ++tile) {
+    const float* from = array + tile * slab() + row * kBlock;
+    for (int64_t i = 0; i < count; ++i) {
+      std::memcpy(out + i * region.n + tile * kBlock, from + i * kBlock, sizeof(float) * kBlock);
+    }
+  }
+}
+
+void CpuModel::recorded(int index, float* u, float* s) const {
+  const Region& region = regions_[index];
+  copy_rows(region, region.u, 0, rows_, u);
+  copy_rows(region, region.s, 0, rows_, s);
+}
+
 // The staged state becomes the state of the call's streams.
 void CpuModel::commit() {
   for (size_t r = 0; r < regions_.size(); ++r) {
@@ -237,9 +249,11 @@ void CpuModel::commit() {
     std::memcpy(active_->w(id), region.w, sizeof(float) * cells);
     for (int k = region.history - 1; k >= 0; --k) {
       float* to = active_->spikes(id) + k * cells;
-      const int token = tokens_ - 1 - k;
-      std::memcpy(to, token >= 0 ? region.s + token * cells : active_->spikes(id) + (k - tokens_) * cells,
-                  sizeof(float) * cells);
+      if (k < tokens_) {
+        copy_rows(region, region.s, rows_ - int64_t{k + 1} * streams_, streams_, to);
+      } else {
+        std::memcpy(to, active_->spikes(id) + (k - tokens_) * cells, sizeof(float) * cells);
+      }
       for (int stream = 0; has_resets_ && stream < streams_; ++stream) {
         if (age_[rows_ - streams_ + stream] < k) std::fill_n(to + int64_t{stream} * region.n, region.n, 0.0f);
       }

@@ -18,16 +18,17 @@ void neuron_tick(const NeuronTick& p) {
     const vec alpha = load(p.alpha + c), rho = load(p.rho + c), a = load(p.a + c), b = load(p.b + c);
     const vec gain = load(p.input_gain + c);
     for (int64_t stream = 0; stream < p.streams; ++stream) {
-      const int64_t at = stream * p.n + c;
+      const int64_t at = stream * 32 + c;
+      float *v_at = p.v + stream * p.n + c, *w_at = p.w + stream * p.n + c;
       vec input = load(p.drive + at);
       if (p.gate) input *= load(p.gate + at);
       input += load(p.delayed + at);
-      const vec v_old = load(p.v + at), w_old = load(p.w + at);
+      const vec v_old = load(v_at), w_old = load(w_at);
       const vec v = alpha * v_old - (1.0f - alpha) * w_old + gain * input - spike(v_old - 1.0f, p.graded);
       const vec u = v - 1.0f;
       const vec s = spike(u, p.graded);
-      store(p.v + at, v);
-      store(p.w + at, rho * w_old + (1.0f - rho) * (a * v + b * s));
+      store(v_at, v);
+      store(w_at, rho * w_old + (1.0f - rho) * (a * v + b * s));
       store(p.u + at, u);
       store(p.s + at, s);
     }
@@ -42,7 +43,7 @@ void adjoint_scan(const AdjointScan& p) {
     vec dbias = load(p.dbias + c);
     for (int64_t t = p.tokens - 1; t >= 0; --t) {
       for (int64_t stream = 0; stream < p.streams; ++stream) {
-        const int64_t row = t * p.streams + stream, at = row * p.n + c;
+        const int64_t row = t * p.streams + stream, at = row * 32 + c;
         float* lv_at = p.lv + stream * 32 + c;
         float* lw_at = p.lw + stream * 32 + c;
         const vec lv_next = load(lv_at), lw_next = load(lw_at);
@@ -51,7 +52,7 @@ void adjoint_scan(const AdjointScan& p) {
         const vec psi = 1.0f / (slope * slope);
         const vec ds_du = p.graded ? psi * (1.0f + max(u, vec{})) + (u > 0 ? splat(1.0f) : vec{}) : psi;
         const vec lw = rho * lw_next - (1.0f - alpha) * lv_next;
-        const vec ls = load(p.learning + row * 32 + c) + (1.0f - rho) * b * lw;
+        const vec ls = load(p.learning + at) + (1.0f - rho) * b * lw;
         const vec lv = alpha * lv_next + (1.0f - rho) * a * lw + ls * ds_du + rate * psi;
         const vec delta = gain * lv;
         store(p.delta + at, delta);

@@ -9,12 +9,24 @@
 
 namespace neurogen::cpu {
 
+// Values of many neurons in many rows: neuron 32*c + j of row m is data[m*row + c*tile + j]. Whole calls are kept
+// tile by tile (row = 32, tile = 32*M): a tile's rows are contiguous, and no power-of-two stride fights for the
+// same cache sets. State and readout are kept row by row (row = width, tile = 32).
+struct Source {
+  const float* data;
+  int64_t row, tile;
+  Source from_row(int64_t m) const { return {data + m * row, row, tile}; }
+};
+struct Sink {
+  float* data;
+  int64_t row, tile;
+};
+
 // out[m][0:32] (+)= sum over q < k, j < 32 of x[m][32*col[q] + j] * panels[block[q]][j][0:32]
 struct BlockProduct {
   float* out;  // [rows, 32], row stride ldo
   int64_t ldo;
-  const float* x;  // [rows, width], row stride ldx
-  int64_t ldx;
+  Source x;
   int64_t rows;
   const float* panels;   // blocks of [32, 32]
   const int32_t* block;  // [k]
@@ -26,8 +38,7 @@ struct BlockProduct {
 // dw[i][j] (+)= sum over m of e[m][i] * x[m][j], i, j < 32
 struct OuterProduct {
   float* dw;       // [32, 32]
-  const float* e;  // [rows, 32], row stride lde
-  int64_t lde;
+  const float* e;  // [rows, 32]
   const float* x;  // [rows, 32], row stride ldx
   int64_t ldx;
   int64_t rows;
@@ -37,10 +48,8 @@ struct OuterProduct {
 // out[m][32*tile + i] (+)= sum over q < k and spikes x[m][32*col[q] + j] != 0 of that spike * panels[tile*k + q][j][i]
 // for `tiles` rows of blocks, which all hold the columns `col`.
 struct SpikeProduct {
-  float* out;  // [rows, 32 * tiles], row stride ldo
-  int64_t ldo;
-  const float* x;  // [rows, width], row stride ldx
-  int64_t ldx;
+  Sink out;
+  Source x;
   int64_t rows;
   const float* panels;
   const int32_t* col;  // [k]
@@ -59,17 +68,17 @@ struct SpikeList {
 // dw[j][i] += sum over the listed rows m < rows of value * e[m][i]. dw: one block, transposed ([src, dst]).
 struct SpikeOuter {
   float* dw;
-  const float* e;  // [rows, 32], row stride lde
-  int64_t lde;
+  const float* e;  // [rows, 32]
   int64_t rows;
   const SpikeList* list;
 };
 
-// One token of 32 neurons in S streams (DESIGN equations in forward.cpp). All rows have stride n unless said.
+// One token of 32 neurons in S streams (equations in forward.cpp).
 struct NeuronTick {
-  int64_t streams, n;
+  int64_t streams;
   const float *alpha, *rho, *a, *b, *input_gain;  // [32]; input_gain = sqrt(1 - alpha^2)
-  float *v, *w;                                   // [S, 32] in place
+  float *v, *w;                                   // [S, 32] in place, row stride n
+  int64_t n;
   const float* drive;                             // d_t, [S, 32]
   const float* gate;                              // G_t, [S, 32], or null where the region has no gate
   const float* delayed;                           // delayed input, [S, 32]
@@ -79,10 +88,10 @@ struct NeuronTick {
 
 // The adjoint walk of one tile, t from T-1 down (DESIGN section 4).
 struct AdjointScan {
-  int64_t streams, tokens, n;
+  int64_t streams, tokens;
   const float *alpha, *rho, *a, *b, *input_gain;  // [32]
-  const float* u;             // [T, S, 32], row stride n
-  const float* learning;      // L, [T, S, 32], row stride 32
+  const float* u;             // [T, S, 32]
+  const float* learning;      // L, [T, S, 32]
   const float* rate_signal;   // [32]: c_rate * 2 * (rate - target) / (n * S * T)
   const uint8_t* resets;      // [T, S] or null
   float* lv;                  // scratch [S, 32]
@@ -120,7 +129,7 @@ struct Kernels {
   void (*block_product)(const BlockProduct&);
   void (*outer_product)(const OuterProduct&);
   void (*spike_product)(const SpikeProduct&);
-  void (*list_spikes)(const float* x, int64_t ldx, int64_t rows, SpikeList*);
+  void (*list_spikes)(const float* x, int64_t ldx, int64_t rows, SpikeList*);  // x: [rows, 32]
   void (*spike_outer)(const SpikeOuter&);
   void (*neuron_tick)(const NeuronTick&);
   void (*adjoint_scan)(const AdjointScan&);

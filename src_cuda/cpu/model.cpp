@@ -195,6 +195,7 @@ void CpuModel::lay_out_workspace() {
   o_ = arena_.take<float>(part, rows * dim);
   broca_ = arena_.take<float>(part, rows * dim);
   d_broca_ = arena_.take<float>(part, rows * dim);
+  readout_error_ = arena_.take<float>(part, rows * dim);
   inverse_rms_ = arena_.take<float>(part, rows);
   logit_rows_ = std::min(rows, std::max<int64_t>(16, kLogitFloats / vocab));
   logits_ = arena_.take<float>(part, logit_rows_ * vocab);

@@ -40,9 +40,9 @@ struct Region {
   std::vector<Projection*> delayed, self_delayed;          // into this region, from others / from itself
   std::vector<Projection*> listeners;                      // delay 0, out of this region
   std::vector<Projection*> later_listeners;                // delayed, out of this region
-  // Saved by forward, [M, n]. backward turns d into dg and g into dd where the region is gated.
+  // Saved by forward, [tiles, M, 32] (see Source in kernels.h). backward turns d into dg and g into dd where the region is gated.
   float *u = nullptr, *s = nullptr, *dropped = nullptr, *d = nullptr, *g = nullptr;
-  float* delta = nullptr;              // dE/dI, [M, n]; shares d where the region has no gate
+  float* delta = nullptr;              // dE/dI; shares d where the region has no gate
   float *v = nullptr, *w = nullptr;    // [S, n], staged: committed only on success
   float* error_drive() const { return gated ? g : delta; }  // after the adjoint walk
   float* error_gate() const { return d; }
@@ -73,8 +73,7 @@ class CpuModel final : public Model {
   void sample(const float* broca, int64_t rows, const Sampling&, int32_t* ids) override;
 
   double rate(int region) const override;
-  const float* recorded_u(int region) const override { return regions_[region].u; }
-  const float* recorded_s(int region) const override { return regions_[region].s; }
+  void recorded(int region, float* u, float* s) const override;
   Counters counters() const override { return counters_; }
 
  private:
@@ -102,16 +101,17 @@ class CpuModel final : public Model {
   Share share(int thread, int threads) const;
   void feed_region(Region& region, const Share& mine, int begin, int end, int first, int count);
   void tick_region(int index, const Share& mine, int tile, int token);
-  void add_spikes(const Projection& p, int begin, int end, const float* source, int64_t lds, int64_t rows, float* out,
-                  int64_t ldo) const;
+  void add_spikes(const Projection& p, int begin, int end, const Source& source, int64_t rows, const Sink& out) const;
   void add_delayed(const Projection& p, const Share& mine, int begin, int end, int token);
   void dropout_mask(int region, int tile, int token, int stream, float* mask) const;
   void read_out(int tile, float* table);
   float normalize(const float* o, float* broca) const;
+  void copy_rows(const Region& region, const float* array, int64_t row, int64_t count, float* out) const;
   void commit();
+  int64_t slab() const { return rows_ * kBlock; }  // one tile of a region in all rows of the call
   // Spikes as delay-0 receivers and the readout see them: through the dropout mask.
-  const float* emitted(int region) const {
-    return train_dropout_ ? regions_[region].dropped : regions_[region].s;
+  Source emitted(int region) const {
+    return {train_dropout_ ? regions_[region].dropped : regions_[region].s, kBlock, slab()};
   }
   template <class Body>
   void for_source_rows(const Projection& p, int token, int tokens, int stream, int streams, Body body) const;
@@ -133,7 +133,7 @@ class CpuModel final : public Model {
   float* error_of(const Projection& p) const;
   void embedding_weights(const Projection& p, int row, bool accumulate);
   void source_weights(int index, int tile, bool accumulate);
-  void segment(float* error, int width, float* table) const;
+  void segment(float* error, float* table) const;
   void clear_embedding_gradient();
   void embedding_gradient(int tile);
   void count_spikes(Region& region, int tile) const;
@@ -188,6 +188,7 @@ class CpuModel final : public Model {
   int32_t* row_best_ = nullptr;   // [M]
 
   float *o_ = nullptr, *broca_ = nullptr, *inverse_rms_ = nullptr, *d_broca_ = nullptr;  // [M, D] ([M])
+  float* readout_error_ = nullptr;             // dE/d(summed readout input), [D/32, M, 32]
   float* logits_ = nullptr;                    // [logit_rows, V]
   int64_t logit_rows_ = 0, vocab_slice_ = 0;
   float* tile_scratch_ = nullptr;              // [threads, M + 2S, 32]
@@ -201,7 +202,7 @@ class CpuModel final : public Model {
 };
 
 // Calls body(row, rows, source) for the rows of some tokens and streams that hear a delayed projection: source
-// points to the spikes `delay` tokens before `row`, [rows, n of the source]. Rows whose source lies before their
+// holds the spikes `delay` tokens before `row`. Rows whose source lies before their
 // stream's reset are left out. Several tokens at once only with all streams.
 template <class Body>
 void CpuModel::for_source_rows(const Projection& p, int token, int tokens, int stream, int streams, Body body) const {
@@ -209,8 +210,9 @@ void CpuModel::for_source_rows(const Projection& p, int token, int tokens, int s
   for (const int last = token + tokens; token < last;) {
     const bool carried = token < delay;  // spoken in an earlier call
     const int some = carried ? 1 : last - token;
-    const float* spikes = carried ? active_->spikes(p.spec->src) + int64_t{delay - 1 - token} * streams_ * n
-                                  : regions_[p.spec->src].s + int64_t{token - delay} * streams_ * n;
+    const Source spikes =
+        carried ? Source{active_->spikes(p.spec->src) + int64_t{delay - 1 - token} * streams_ * n, n, kBlock}
+                : Source{regions_[p.spec->src].s + int64_t{token - delay} * streams_ * kBlock, kBlock, slab()};
     const int64_t begin = int64_t{token} * streams_ + stream;
     const int64_t end = begin + (some == 1 ? streams : int64_t{some} * streams_);
     for (int64_t row = begin; row < end;) {
@@ -219,7 +221,7 @@ void CpuModel::for_source_rows(const Projection& p, int token, int tokens, int s
         while (row < end && age_[row] < delay) ++row;
         for (stop = row; stop < end && age_[stop] >= delay;) ++stop;
       }
-      if (stop > row) body(row, stop - row, spikes + (row - begin + stream) * n);
+      if (stop > row) body(row, stop - row, spikes.from_row(row - begin + stream));
       row = stop;
     }
     token += some;

@@ -23,14 +23,14 @@ inline __attribute__((always_inline)) void product_rows(const BlockProduct& p, i
   }
   for (int64_t q = 0; q < p.k; ++q) {
     const float* panel = p.panels + static_cast<int64_t>(p.block[q]) * 1024;
-    const float* x = p.x + row * p.ldx + static_cast<int64_t>(p.col[q]) * 32;
+    const float* x = p.x.data + row * p.x.row + p.col[q] * p.x.tile;
     for (int j = 0; j < 32; ++j) {
       vec weight[kVectors];
 #pragma GCC unroll 8
       for (int c = 0; c < kVectors; ++c) weight[c] = load(panel + j * 32 + c * kLanes);
 #pragma GCC unroll 16
       for (int m = 0; m < ROWS; ++m) {
-        const float value = x[m * p.ldx + j];
+        const float value = x[m * p.x.row + j];
 #pragma GCC unroll 8
         for (int c = 0; c < kVectors; ++c) acc[m][c] += weight[c] * value;
       }
@@ -61,9 +61,9 @@ inline __attribute__((always_inline)) void outer_rows(const OuterProduct& p, int
 #pragma GCC unroll 8
     for (int c = 0; c < kVectors; ++c) acc[i][c] = add ? load(dw + i * 32 + c * kLanes) : vec{};
   }
-  const float* e = p.e + first * p.lde + i0;
+  const float* e = p.e + first * 32 + i0;
   const float* x = p.x + first * p.ldx;
-  for (int64_t m = 0; m < count; ++m, e += p.lde, x += p.ldx) {
+  for (int64_t m = 0; m < count; ++m, e += 32, x += p.ldx) {
     vec source[kVectors];
 #pragma GCC unroll 8
     for (int c = 0; c < kVectors; ++c) source[c] = load(x + c * kLanes);
@@ -95,15 +95,15 @@ template <int TILES>
 inline __attribute__((always_inline)) void spike_tiles(const SpikeProduct& p, int64_t tile) {
   const int64_t tile_stride = p.k * 1024;
   for (int64_t m = 0; m < p.rows; ++m) {
-    float* out = p.out + m * p.ldo + tile * 32;
+    float* out = p.out.data + m * p.out.row + tile * p.out.tile;
     vec acc[TILES][kVectors];
 #pragma GCC unroll 4
     for (int g = 0; g < TILES; ++g) {
 #pragma GCC unroll 8
-      for (int c = 0; c < kVectors; ++c) acc[g][c] = p.add ? load(out + g * 32 + c * kLanes) : vec{};
+      for (int c = 0; c < kVectors; ++c) acc[g][c] = p.add ? load(out + g * p.out.tile + c * kLanes) : vec{};
     }
     for (int64_t q = 0; q < p.k; ++q) {
-      const float* x = p.x + m * p.ldx + static_cast<int64_t>(p.col[q]) * 32;
+      const float* x = p.x.data + m * p.x.row + p.col[q] * p.x.tile;
       const float* panel = p.panels + tile * tile_stride + q * 1024;
       for (uint32_t active = nonzero(x); active; active &= active - 1) {
         const int j = __builtin_ctz(active);
@@ -118,7 +118,7 @@ inline __attribute__((always_inline)) void spike_tiles(const SpikeProduct& p, in
 #pragma GCC unroll 4
     for (int g = 0; g < TILES; ++g) {
 #pragma GCC unroll 8
-      for (int c = 0; c < kVectors; ++c) store(out + g * 32 + c * kLanes, acc[g][c]);
+      for (int c = 0; c < kVectors; ++c) store(out + g * p.out.tile + c * kLanes, acc[g][c]);
     }
   }
 }
@@ -154,7 +154,7 @@ void spike_outer(const SpikeOuter& p) {
     }
     int i = 0;
     for (; i + 2 <= count; i += 2) {
-      const float *e0 = p.e + row[i] * p.lde, *e1 = p.e + row[i + 1] * p.lde;
+      const float *e0 = p.e + row[i] * 32, *e1 = p.e + row[i + 1] * 32;
 #pragma GCC unroll 8
       for (int c = 0; c < kVectors; ++c) {
         even[c] += load(e0 + c * kLanes) * value[i];
@@ -163,7 +163,7 @@ void spike_outer(const SpikeOuter& p) {
     }
 #pragma GCC unroll 8
     for (int c = 0; c < kVectors; ++c) {
-      if (i < count) even[c] += load(p.e + row[i] * p.lde + c * kLanes) * value[i];
+      if (i < count) even[c] += load(p.e + row[i] * 32 + c * kLanes) * value[i];
       store(p.dw + j * 32 + c * kLanes, even[c] + odd[c]);
     }
   }

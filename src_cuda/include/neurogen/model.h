@@ -132,10 +132,9 @@ class Model {
   virtual void logits(const float* broca, int64_t rows, float* out) = 0;               // [rows, D] -> [rows, V]
   virtual void sample(const float* broca, int64_t rows, const Sampling&, int32_t* ids) = 0;  // -> [rows]
 
-  // Mean firing rate of region r in the last training call; u and s of it, [T, S, n] (valid until the next call).
+  // Mean firing rate of a region in the last training call; copies of its u and s, [T, S, n].
   virtual double rate(int region) const = 0;
-  virtual const float* recorded_u(int region) const = 0;
-  virtual const float* recorded_s(int region) const = 0;
+  virtual void recorded(int region, float* u, float* s) const = 0;
 
   virtual Counters counters() const = 0;
 };

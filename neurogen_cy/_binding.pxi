@@ -2,6 +2,9 @@
 # Layers: the Python face (model.py) decides policy; here arguments are checked, the GIL is released and
 # native errors become exceptions; the library computes.
 
+from collections.abc import Mapping
+from numbers import Integral, Real
+
 import numpy as np
 
 from cython.operator cimport dereference as deref
@@ -63,6 +66,9 @@ cdef class NeuronState:
     cdef State* state
     cdef readonly int streams
 
+    def __init__(self):
+        raise TypeError("NeuronState: expected to be taken from an Engine (own_state, new_state), got a call")
+
     def arrays(self):
         """{key: copy}: region.<name>.v and .w [S, n], .spikes [S, K, n] (newest first), broca.o [S, D]."""
         self.engine.enter()
@@ -73,12 +79,13 @@ cdef class NeuronState:
 
     def load(self, values):
         """Copies arrays as `arrays` gives them; nothing changes unless all of them fit."""
+        _check_mapping("state", values)
         self.engine.enter()
         try:
             pairs = [(_streams_first(view), _new_value(values, view)) for view in self.views(False)]
             unknown = set(values) - {view.key for view in self.views(True)}
             if unknown:
-                raise ValueError(f"state: expected no other keys than the model's, got {sorted(unknown)}")
+                raise ValueError(f"state: expected no other keys than the model's, got {sorted(map(str, unknown))}")
             for to, value in pairs:
                 to[...] = value
         finally:
@@ -116,14 +123,18 @@ cdef object _streams_first(TensorView view):
     return array.transpose(1, 0, 2) if view.key.endswith(".spikes") else array
 
 
+cdef int _check_mapping(str name, object values) except -1:
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{name}: expected a mapping of key to array, got {type(values).__name__}")
+    return 0
+
+
 cdef object _new_value(object values, TensorView view):
     """values[key], checked against the array it will be copied into."""
     if view.key not in values:
         raise ValueError(f"{view.key}: expected a value, got none")
-    value = np.asarray(values[view.key])
+    value = host_array(values[view.key], view.key, (view.dtype.name,))
     expected = _streams_first(view).shape
-    if value.dtype != view.dtype:
-        raise TypeError(f"{view.key}: expected dtype {view.dtype}, got {value.dtype}")
     if value.shape != expected:
         raise ValueError(f"{view.key}: expected shape {expected}, got {value.shape}")
     if not np.isfinite(value).all():
@@ -144,7 +155,7 @@ cdef class Engine:
     cdef StepStats stats
     cdef int recorded_streams, recorded_tokens
 
-    def __init__(self, cfg, dict topology, int streams, int max_tokens, int threads, uint64_t seed):
+    def __cinit__(self, cfg, dict topology, int streams, int max_tokens, int threads, uint64_t seed):
         self.config, self.topology = cfg, topology
         self.streams, self.max_tokens = streams, max_tokens
         self.ids.resize(streams * <size_t>max_tokens)
@@ -157,7 +168,6 @@ cdef class Engine:
         if self.busy:
             raise RuntimeError("this model is in use by another thread: a model serves one thread at a time")
         self.busy = True
-        self.recorded_tokens = 0
         return 0
 
     # ---- staging -------------------------------------------------------------------------------------------
@@ -249,6 +259,7 @@ cdef class Engine:
                 raise ValueError(f"normalize: expected 'sum' or 'abs', got {normalize!r}")
             goal.normalize = Normalize.absolute if normalize == "abs" else Normalize.sum
             if divisor is not None:
+                check_real("divisor", divisor)
                 goal.divisor = divisor
                 if not (isfinite(goal.divisor) and goal.divisor >= 0):
                     raise ValueError(f"divisor: expected a finite number >= 0, got {divisor!r}")
@@ -267,6 +278,7 @@ cdef class Engine:
                 goal.predictions = <int32_t*>p.view.buf
             if updates:
                 step = _adam(adam)
+            self.recorded_tokens = 0
             with blas_at_one_thread, nogil:
                 if updates:
                     deref(self.model).train(tokens, goal, step, call, &self.stats)
@@ -331,6 +343,7 @@ cdef class Engine:
         self.enter()
         try:
             self.stage_call(ids, targets, resets, (state.streams, tokens), &call)
+            self.recorded_tokens = 0
             with blas_at_one_thread, nogil:
                 total = deref(self.model).evaluate(deref(state.state), call, self.targets.data())
             return total
@@ -347,6 +360,7 @@ cdef class Engine:
         try:
             out.check_shape((state.streams, self.config.dim))
             self.stage_call(ids, None, None, a.shape(), &call)
+            self.recorded_tokens = 0
             with blas_at_one_thread, nogil:
                 deref(self.model).advance(deref(state.state), call, broca)
         finally:
@@ -375,6 +389,7 @@ cdef class Engine:
 
     def load_parameters(self, values):
         """Copies float parameters by key; nothing changes unless all of them fit."""
+        _check_mapping("parameters", values)
         self.enter()
         try:
             views = self.writable_tensors()
@@ -422,14 +437,19 @@ cdef class Engine:
 
     def recorded(self, int region):
         """(u, s) of the last training call with record=True, [B, T, n] copies."""
-        if not self.recorded_tokens:
-            raise RuntimeError("recorded: expected the last call to be a training call with record=True, got none")
-        shape = (self.recorded_tokens, self.recorded_streams, self.config.regions[region].neurons)
-        u, s = np.empty(shape, np.float32), np.empty(shape, np.float32)
-        cdef float[:, :, ::1] to_u = u
-        cdef float[:, :, ::1] to_s = s
-        deref(self.model).recorded(region, &to_u[0, 0, 0], &to_s[0, 0, 0])
-        return np.ascontiguousarray(u.transpose(1, 0, 2)), np.ascontiguousarray(s.transpose(1, 0, 2))
+        cdef float[:, :, ::1] to_u
+        cdef float[:, :, ::1] to_s
+        self.enter()
+        try:
+            if not self.recorded_tokens:
+                raise RuntimeError("recorded: expected the last call to be a training call with record=True, got none")
+            shape = (self.recorded_tokens, self.recorded_streams, self.config.regions[region].neurons)
+            u, s = np.empty(shape, np.float32), np.empty(shape, np.float32)
+            to_u, to_s = u, s
+            deref(self.model).recorded(region, &to_u[0, 0, 0], &to_s[0, 0, 0])
+            return np.ascontiguousarray(u.transpose(1, 0, 2)), np.ascontiguousarray(s.transpose(1, 0, 2))
+        finally:
+            self.busy = False
 
     def counters(self):
         """Launches, synchronisations, bytes and allocations since construction."""

@@ -22,9 +22,10 @@ PATH = click.Path(path_type=Path)
 @contextmanager
 def usage_errors(*more: type[Exception]) -> Iterator[None]:
     """Turn what is wrong with the user's input into a message and exit status 2."""
+    kinds: tuple[type[Exception], ...] = (ValueError, OSError, *more)
     try:
         yield
-    except (ValueError, OSError, *more) as error:
+    except kinds as error:
         raise click.UsageError(str(error)) from error
 
 

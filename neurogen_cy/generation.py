@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,14 +16,29 @@ if TYPE_CHECKING:
 FINISHED = -1
 """What a stream yields after one of its stop ids."""
 
+INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+MAX_COUNT = 2**31 - 1
 
-def as_prompts(prompts: Any, vocab: int) -> list[NDArray[np.int32]]:
-    """One array of ids per stream, checked. A single 1-D array is one prompt."""
-    if isinstance(prompts, np.ndarray) and prompts.ndim == 1:
-        prompts = [prompts]
+
+def integer(name: str, value: Any, most: int = MAX_COUNT) -> int:
+    """A checked count."""
+    expected = f"{name}: expected an integer in 1..{most}, got {value!r}"
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(expected)
+    if not 1 <= value <= most:
+        raise ValueError(expected)
+    return int(value)
+
+
+def as_prompts(prompts: Any, vocab: int, host_array: Callable[..., NDArray[Any]]) -> list[NDArray[np.int32]]:
+    """One array of ids per stream, checked. A 1-D array is one prompt, a 2-D array one a row."""
+    if not isinstance(prompts, (list, tuple)):
+        array = host_array(prompts, "prompts", INTEGERS)
+        prompts = [array] if array.ndim == 1 else list(np.atleast_1d(array))
     out = []
     for number, prompt in enumerate(prompts):
-        ids = np.asarray(prompt)
+        listed = isinstance(prompt, (list, tuple))
+        ids = np.asarray(prompt) if listed else host_array(prompt, f"prompts[{number}]", INTEGERS)
         if ids.ndim != 1 or ids.size == 0:
             raise ValueError(f"prompts[{number}]: expected a 1-D array of at least one id, got shape {ids.shape}")
         if ids.dtype.kind not in "iu":
@@ -33,6 +50,18 @@ def as_prompts(prompts: Any, vocab: int) -> list[NDArray[np.int32]]:
     if not out:
         raise ValueError("prompts: expected at least one prompt, got none")
     return out
+
+
+def as_stop_ids(stop_ids: Any, vocab: int) -> NDArray[np.int64]:
+    """Checked stop ids."""
+    try:
+        stops = [operator.index(stop) for stop in stop_ids]
+    except TypeError:
+        raise TypeError(f"stop_ids: expected a sequence of integers, got {stop_ids!r}") from None
+    for stop in stops:
+        if not 0 <= stop < vocab:
+            raise IndexError(f"stop_ids: expected token ids in 0..{vocab - 1}, got {stop}")
+    return np.array(stops, np.int64)
 
 
 def prefill(engine: Any, state: Any, prompts: Sequence[NDArray[np.int32]], window: int) -> NDArray[np.float32]:
@@ -47,22 +76,29 @@ def prefill(engine: Any, state: Any, prompts: Sequence[NDArray[np.int32]], windo
     begin = 0
     for end in np.unique(lengths):
         over = lengths <= begin
-        kept = state.arrays() if over.any() else None
-        while begin < end:
-            stop = min(begin + window, int(end))
-            ids = np.zeros((len(prompts), stop - begin), np.int32)
-            for stream, prompt in enumerate(prompts):
-                if not over[stream]:
-                    ids[stream] = prompt[begin:stop]
-            engine.advance(state, ids, last)
-            begin = stop
-        if kept is not None:
-            now = state.arrays()
-            for key, values in now.items():
-                values[over] = kept[key][over]
-            state.load(now)
+        with unchanged(state, over):
+            while begin < end:
+                stop = min(begin + window, int(end))
+                ids = np.zeros((len(prompts), stop - begin), np.int32)
+                for stream, prompt in enumerate(prompts):
+                    if not over[stream]:
+                        ids[stream] = prompt[begin:stop]
+                engine.advance(state, ids, last)
+                begin = stop
         broca[lengths == end] = last[lengths == end]
     return broca
+
+
+@contextmanager
+def unchanged(state: Any, streams: NDArray[np.bool_]) -> Iterator[None]:
+    """Puts these streams of `state` back as they were."""
+    kept = state.arrays() if streams.any() else None
+    yield
+    if kept is not None:
+        now = state.arrays()
+        for key, values in now.items():
+            values[streams] = kept[key][streams]
+        state.load(now)
 
 
 def generate(
@@ -80,35 +116,36 @@ def generate(
 ) -> Iterator[NDArray[np.int32]]:
     """See `NeuroGen.generate`. Arguments are checked here, before the first token is asked for."""
     engine, vocab = model._engine, model.config.vocab_size
-    rows = as_prompts(prompts, vocab)
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: expected an integer >= 1, got {max_new_tokens!r}")
+    rows = as_prompts(prompts, vocab, model._module.host_array)
+    max_new_tokens = integer("max_new_tokens", max_new_tokens)
     seed = model.seed if seed is None else seed
     model._module.check_sampling(temperature, top_k, top_p, seed)
-    stops = np.asarray(list(stop_ids), np.int64)
-    if stops.size and (stops.min() < 0 or stops.max() >= vocab):
-        raise IndexError(f"stop_ids: expected token ids in 0..{vocab - 1}, got {stops.tolist()}")
-    if carry and len(rows) != model.streams:
-        raise ValueError(f"prompts: expected {model.streams}, one per stream of the model (carry=True), got {len(rows)}")
-    capacity = model.streams * model.max_tokens
-    if len(rows) > capacity:
-        raise ValueError(f"prompts: expected at most streams * max_tokens = {capacity}, got {len(rows)}")
-    state = engine.own_state() if carry else engine.new_state(len(rows))
+    stops = as_stop_ids(stop_ids, vocab)
+    count, capacity = len(rows), model.streams * model.max_tokens
+    if carry and count != model.streams:
+        raise ValueError(f"prompts: expected {model.streams}, one per stream of the model (carry=True), got {count}")
+    if count > capacity:
+        raise ValueError(f"prompts: expected at most streams * max_tokens = {capacity}, got {count}")
+    state = engine.own_state() if carry else engine.new_state(count)
 
     def tokens() -> Iterator[NDArray[np.int32]]:
-        broca = prefill(engine, state, rows, max(1, capacity // len(rows)))
-        ids = np.empty(len(rows), np.int32)
-        finished = np.zeros(len(rows), np.bool_)
+        broca = prefill(engine, state, rows, capacity // count)
+        ids = np.empty(count, np.int32)
+        finished = np.zeros(count, np.bool_)
         for position in range(max_new_tokens):
             model.decoder.sample_into(
                 broca, ids, temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy, seed=seed,
                 position=position,
             )
-            yield np.where(finished, FINISHED, ids).astype(np.int32)
-            finished |= np.isin(ids, stops)
+            said = np.where(finished, FINISHED, ids).astype(np.int32)
+            stopped = finished | np.isin(ids, stops)
+            if carry or not (stopped.all() or position + 1 == max_new_tokens):
+                # Before the yield: whoever holds a token also has a state that has heard it.
+                with unchanged(state, finished & carry):
+                    engine.advance(state, ids[:, None], broca)
+            finished = stopped
+            yield said
             if finished.all():
                 return
-            if position + 1 < max_new_tokens or carry:
-                engine.advance(state, ids[:, None], broca)
 
     return tokens()

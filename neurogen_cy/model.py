@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -15,8 +18,12 @@ from neurogen_cy import backend as backends
 from neurogen_cy import generation, persistence
 from neurogen_cy.config import Config
 from neurogen_cy.connectome import initial_parameters
+from neurogen_cy.generation import MAX_COUNT, integer
 from neurogen_cy.optimizer import AdamW
 from neurogen_cy.threads import default_threads
+
+MAX_THREADS = 1024
+"""More than any machine has cores; far more than that would end the process inside the OpenMP runtime."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +62,16 @@ def memory_plan(
 ) -> dict[str, int]:
     """Bytes by part that a model would allocate; nothing is allocated."""
     module = backends.load(backend)[1]
-    plan = module.memory_plan(cfg, _count("streams", streams), _count("max_tokens", max_tokens),
-                              default_threads() if threads is None else _count("threads", threads))
-    return dict(plan)
+    return dict(module.memory_plan(cfg, *_sizes(streams, max_tokens, threads)))
 
 
-def _count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name}: expected an integer >= 1, got {value!r}")
-    if not 1 <= value < 2**31:
-        raise ValueError(f"{name}: expected an integer in 1..2**31-1, got {value!r}")
-    return int(value)
+def _sizes(streams: Any, max_tokens: Any, threads: Any) -> tuple[int, int, int]:
+    """The three, checked: rows of a call are numbered in 32 bits."""
+    streams, max_tokens = integer("streams", streams), integer("max_tokens", max_tokens)
+    if streams * max_tokens > MAX_COUNT:
+        raise ValueError(f"streams * max_tokens: expected at most {MAX_COUNT}, got {streams * max_tokens}")
+    threads = default_threads() if threads is None else integer("threads", threads, most=MAX_THREADS)
+    return streams, max_tokens, threads
 
 
 def _choice(name: str, value: Any, *choices: Any) -> Any:
@@ -135,9 +141,8 @@ class NeuroGen:
         self.backend, self._module = backends.load(backend)
         self.config = config
         self.device = _choice("device", device, 0)
-        self.streams, self.max_tokens = _count("streams", streams), _count("max_tokens", max_tokens)
+        self.streams, self.max_tokens, self.threads = _sizes(streams, max_tokens, threads)
         self.precision = _choice("precision", precision, None, "fp32") or "fp32"
-        self.threads = default_threads() if threads is None else _count("threads", threads)
         self.optimizer = AdamW() if optimizer is None else optimizer
         self.sync = _choice("sync", sync, "block", "spin")
         self.nonfinite = _choice("nonfinite", nonfinite, "raise", "skip")
@@ -159,6 +164,17 @@ class NeuroGen:
         self.step = 0
         self.calls = 0  # training calls made; keys dropout
         self.skipped = 0
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keeps a second thread out of a call and of the counters that go with it."""
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError("this model is in use by another thread: a model serves one thread at a time")
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def _check_memory(self) -> None:
         plan = self._module.memory_plan(self.config, self.streams, self.max_tokens, self.threads)
@@ -210,8 +226,10 @@ class NeuroGen:
         FloatingPointError
             With nonfinite="raise", when the loss or the gradient norm is not finite.
         """
-        adam = self.optimizer.arguments(self.step + 1, lr)
-        return self._train(ids, targets, weights, resets, normalize, None, predictions_out, record, adam, False)
+        with self._alone():
+            return self._train(
+                ids, targets, weights, resets, normalize, None, predictions_out, record, self._update(lr), False
+            )
 
     def backward_batch(
         self,
@@ -231,16 +249,24 @@ class NeuroGen:
         `accumulate` adds to the gradients instead of overwriting them; `divisor` (>= 0) replaces the sum of weights,
         so that parts of a batch add up to the whole. The homeostasis term is of this call's own rates.
         """
-        return self._train(
-            ids, targets, weights, resets, normalize, divisor, predictions_out, record, None, bool(accumulate)
-        )
+        with self._alone():
+            return self._train(
+                ids, targets, weights, resets, normalize, divisor, predictions_out, record, None, bool(accumulate)
+            )
 
     def optimizer_step(self, lr: float | None = None) -> float:
         """AdamW on the gradients as they stand; returns their norm before clipping. They are not cleared."""
-        norm, finite = self._engine.update(self.optimizer.arguments(self.step + 1, lr))
-        self._guard(finite, f"gradient norm {norm}")
-        self.step += bool(finite)
-        return float(norm)
+        with self._alone():
+            norm, finite = self._engine.update(self._update(lr))
+            self._guard(finite, f"gradient norm {norm}")
+            self.step += bool(finite)
+            return float(norm)
+
+    def _update(self, lr: float | None = None) -> tuple[float, float, float, float, float, float, int]:
+        """What the native code takes of the next update."""
+        if lr is not None and (isinstance(lr, bool) or not isinstance(lr, Real)):
+            raise TypeError(f"lr: expected a number, got {lr!r}")
+        return self.optimizer.arguments(self.step + 1, lr)
 
     def train_step(self, ids: Any, targets: Any) -> StepResult:
         """The user's loop, token by token: copies, a decision on the host and an update for every single token.
@@ -251,31 +277,35 @@ class NeuroGen:
         ids, targets = self._columns(ids, "ids"), self._columns(targets, "targets")
         if ids.shape != targets.shape:
             raise ValueError(f"targets: expected shape {ids.shape}, got {targets.shape}")
-        results = []
-        for token in range(ids.shape[1]):
-            now = np.ascontiguousarray(ids[:, token])
-            self.brain.step(self.embedding.encode(now), hold=True)
-            said = np.empty(self.streams, np.int32)
-            self.decoder.sample_into(self.brain.broca_output(), said, greedy=True)
-            results.append(self._held_step(now, np.ascontiguousarray(targets[:, token])))
+        with self._alone():
+            steps = zip(ids.T.copy(), targets.T.copy())
+            results = [self._token_step(now, wanted) for now, wanted in steps]
         mean = lambda name: float(np.mean([getattr(result, name) for result in results]))
         rates = {name: float(np.mean([result.rates[name] for result in results])) for name in results[0].rates}
         return StepResult(mean("loss"), mean("homeostasis"), mean("accuracy"), ids.size, mean("grad_norm"), rates)
 
     def _columns(self, tokens: Any, name: str) -> NDArray[Any]:
-        array = np.asarray(tokens)
+        array = self._tokens(tokens, name)
         array = array[None] if array.ndim == 1 and self.streams == 1 else array
-        if array.dtype not in (np.int32, np.int64):
-            raise TypeError(f"{name}: expected dtype int32 or int64, got {array.dtype}")
         if array.ndim != 2 or array.shape[0] != self.streams or array.shape[1] == 0:
             raise ValueError(f"{name}: expected shape [{self.streams}, T], got {array.shape}")
-        if array.min() < 0 or array.max() >= self.config.vocab_size:
-            raise IndexError(f"{name}: expected token ids in 0..{self.config.vocab_size - 1}, got "
-                             f"{array.min()}..{array.max()}")
         return array
 
-    def _held_step(self, ids: NDArray[Any], targets: NDArray[Any]) -> StepResult:
-        result, finite = self._result(self._engine.learn_held(ids, targets, self.optimizer.arguments(self.step + 1)))
+    def _tokens(self, tokens: Any, name: str) -> NDArray[Any]:
+        """Token ids as a NumPy array of the same memory, of any shape, each in the vocabulary."""
+        array: NDArray[Any] = self._module.host_array(tokens, name, ("int32", "int64"))
+        bad = np.argwhere((array < 0) | (array >= self.config.vocab_size))
+        if len(bad):
+            where = ", ".join(str(index) for index in bad[0])
+            raise IndexError(f"{name}[{where}]: expected a token id in 0..{self.config.vocab_size - 1}, got "
+                             f"{array[tuple(bad[0])]}")
+        return array
+
+    def _token_step(self, ids: NDArray[Any], targets: NDArray[Any]) -> StepResult:
+        self.brain.step(self.embedding.encode(ids), hold=True)
+        said = np.empty(self.streams, np.int32)
+        self.decoder.sample_into(self.brain.broca_output(), said, greedy=True)
+        result, finite = self._result(self._engine.learn_held(ids, targets, self._update()))
         self._guard(finite, f"loss {result.loss}, gradient norm {result.grad_norm}")
         self.step += finite
         return result
@@ -318,19 +348,21 @@ class NeuroGen:
 
         Parameters
         ----------
-        ids, targets : int32 or int64 array [S, L] (or [L])
+        ids, targets : int32 or int64 array [S, L] (or [L]), of any strides
         resets : bool or uint8 array like ids, optional
 
         The model's own state is not touched.
         """
-        arrays = [np.atleast_2d(np.asarray(values)) for values in (ids, targets)]
-        flags = None if resets is None else np.atleast_2d(np.asarray(resets))
-        shape = arrays[0].shape
-        for name, values in (("targets", arrays[1]), ("resets", flags)):
-            if values is not None and values.shape != shape:
-                raise ValueError(f"{name}: expected shape {shape}, got {values.shape}")
-        if len(shape) != 2 or 0 in shape:
-            raise ValueError(f"ids: expected shape [S, L] with at least one token, got {shape}")
+        arrays = [self._tokens(ids, "ids"), self._tokens(targets, "targets")]
+        if resets is not None:
+            arrays.append(self._module.host_array(resets, "resets", ("bool", "uint8")))
+        if arrays[0].ndim not in (1, 2) or arrays[0].size == 0:
+            raise ValueError(f"ids: expected shape [S, L] or [L] with at least one token, got {arrays[0].shape}")
+        for name, values in zip(("targets", "resets"), arrays[1:]):
+            if values.shape != arrays[0].shape:
+                raise ValueError(f"{name}: expected shape {arrays[0].shape}, got {values.shape}")
+        inputs = [np.atleast_2d(values) for values in arrays]
+        shape = inputs[0].shape
         rows = self.streams * self.max_tokens
         total = 0.0
         for first in range(0, shape[0], rows):
@@ -340,7 +372,8 @@ class NeuroGen:
             state = self._engine.new_state(streams)
             for begin in range(0, shape[1], window):
                 part = (group, slice(begin, min(begin + window, shape[1])))
-                cut = [None if a is None else np.ascontiguousarray(a[part]) for a in (*arrays, flags)]
+                cut = [np.ascontiguousarray(values[part]) for values in inputs]
+                cut += [None] * (3 - len(cut))
                 total += self._engine.evaluate(state, *cut, part[1].stop - begin)
         return total / (shape[0] * shape[1])
 
@@ -361,7 +394,7 @@ class NeuroGen:
 
         Parameters
         ----------
-        prompts : sequence of 1-D integer arrays, or one
+        prompts : list of 1-D integer arrays or lists, or one array: [T] a single prompt, [S, T] one a row
             Of any lengths >= 1; S of them side by side.
         max_new_tokens : int
         temperature, top_k, top_p, greedy
@@ -370,7 +403,8 @@ class NeuroGen:
             The same seed continues the same way; the model's own by default.
         stop_ids : ids after which a stream yields -1
         carry : bool
-            Continue from the model's own state and leave it advanced (a conversation; S = B), instead of zero.
+            Continue from the model's own state instead of zero (a conversation; S = B). With every yield that
+            state has heard the prompts and all tokens yielded so far, of each stream up to its stop id.
         """
         return generation.generate(
             self, prompts, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy, seed=seed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -87,7 +88,8 @@ class ProgressBar:
     def __init__(self, config: Config, done: int, steps: int) -> None:
         neurons = {region.name: region.neurons for region in config.regions}
         self._shares = {name: count / sum(neurons.values()) for name, count in neurons.items()}
-        self._bar = tqdm(total=steps, initial=done, unit="step", mininterval=0.5, dynamic_ncols=True)
+        pause = 0.5 if sys.stderr.isatty() else 10.0  # seconds; a log file needs fewer lines
+        self._bar = tqdm(total=steps, initial=done, unit="step", mininterval=pause, dynamic_ncols=True)
         self._tokens_per_s: float | None = None
 
     def show(self, record: Mapping[str, Any]) -> None:

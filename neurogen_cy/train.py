@@ -147,7 +147,7 @@ class Trainer:
         OSError
             If a checkpoint cannot be written; the former ones stay.
         FloatingPointError
-            If a loss or gradient is not finite; `last` is the newest state before it.
+            If a loss, a gradient or a validation loss is not finite; `last` stays as it was saved last.
         KeyboardInterrupt
             At a second signal, at once and without saving.
         """
@@ -220,16 +220,19 @@ class Trainer:
         }
 
     def _evaluate(self) -> Record:
-        self.validation = self.model.evaluate(*self._held_out)
-        best = self.best is None or self.validation < self.best
+        loss = self.model.evaluate(*self._held_out)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"step {self.model.step}: expected a finite validation loss, got {loss}")
+        self.validation = loss
+        best = self.best is None or loss < self.best
         if best:
-            self.best = self.validation
+            self.best = loss
             self.save(BEST)
         return {
             "event": "evaluation",
             "step": self.model.step,
             "tokens": self._tokens,
-            "validation_loss": self.validation,
-            "validation_bits_per_byte": self.validation / math.log(2),
+            "validation_loss": loss,
+            "validation_bits_per_byte": loss / math.log(2),
             "best": best,
         }

@@ -8,7 +8,6 @@ import pytest
 import neurogen_cy as ng
 from neurogen_cy import backend as backends
 
-
 REQUIRE_GPU = os.environ.get("NEUROGEN_REQUIRE_GPU") == "1"
 
 

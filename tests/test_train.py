@@ -53,7 +53,12 @@ def resume(saved: Path, settings: Settings = SETTINGS) -> Trainer:
 
 def at_step(step: int, action: Callable[[], object]) -> Callable[[dict[str, Any]], None]:
     """Return a progress callback that acts once, at this step."""
-    return lambda record: action() if (record["event"], record["step"]) == ("step", step) else None  # type: ignore[func-returns-value]
+
+    def progress(record: dict[str, Any]) -> None:
+        if (record["event"], record["step"]) == ("step", step):
+            action()
+
+    return progress
 
 
 def untimed(out: Path) -> list[dict[str, Any]]:

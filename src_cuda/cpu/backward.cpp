@@ -88,8 +88,15 @@ float* CpuModel::error_of(const Projection& p) const {
 // out (+)= W^T e for one block column: the error that reaches 32 sources through this projection.
 void CpuModel::pull(const Projection& p, int col, int64_t rows, float* out, int64_t ldo, bool add) const {
   const int32_t begin = p.by_col_start[col], end = p.by_col_start[col + 1];
-  kernels().block_product({out, ldo, {error_of(p), kBlock, slab()}, rows, p.blocks, p.by_col_block + begin,
-                           p.by_col_row + begin, end - begin, add});
+  kernels().block_product({out,
+                           ldo,
+                           {error_of(p), kBlock, slab()},
+                           rows,
+                           p.blocks,
+                           p.by_col_block + begin,
+                           p.by_col_row + begin,
+                           end - begin,
+                           add});
 }
 
 void CpuModel::learn_tile(int index, int tile, float* scratch, bool accumulate) {
@@ -116,19 +123,19 @@ void CpuModel::learn_tile(int index, int tile, float* scratch, bool accumulate) 
   if (!accumulate) std::fill_n(region.dbias + offset, kBlock, 0.0f);
   float* adjoints = scratch + rows_ * kBlock;
   const int64_t at = tile * slab();
-  kernels().adjoint_scan({streams_, tokens_, region.alpha + offset, region.rho + offset, region.a + offset,
-                          region.b + offset, region.input_gain + offset, region.u + at, learning, rate_signal,
-                          has_resets_ ? resets_ : nullptr, adjoints, adjoints + int64_t{streams_} * kBlock,
-                          region.delta + at, region.gated ? region.d + at : nullptr,
-                          region.gated ? region.g + at : nullptr, region.dbias + offset, spec_.surrogate_k, spec_.graded});
+  kernels().adjoint_scan(
+      {streams_, tokens_, region.alpha + offset, region.rho + offset, region.a + offset, region.b + offset,
+       region.input_gain + offset, region.u + at, learning, rate_signal, has_resets_ ? resets_ : nullptr, adjoints,
+       adjoints + int64_t{streams_} * kBlock, region.delta + at, region.gated ? region.d + at : nullptr,
+       region.gated ? region.g + at : nullptr, region.dbias + offset, spec_.surrogate_k, spec_.graded});
 }
 
 // dW of one row of blocks of an embedding projection; its errors were summed per distinct token.
 void CpuModel::embedding_weights(const Projection& p, int row, bool accumulate) {
   for (int q = 0; q < p.k; ++q) {
     const int64_t block = int64_t{row} * p.k + q;
-    kernels().outer_product({p.gradient + block * kBlockArea, error_of(p) + row * slab(),
-                             x_ + p.cols[block] * kBlock, spec_.dim, unique_, accumulate});
+    kernels().outer_product({p.gradient + block * kBlockArea, error_of(p) + row * slab(), x_ + p.cols[block] * kBlock,
+                             spec_.dim, unique_, accumulate});
   }
 }
 
@@ -173,9 +180,8 @@ void CpuModel::source_weights(int index, int tile, bool accumulate) {
   for (const Projection* p : region.later_listeners) for_blocks(*p, begin);
   add(emitted(index), 0, rows_, region.listeners.data(), region.listeners.size());
   for (Projection* p : region.later_listeners) {
-    for_source_rows(*p, 0, tokens_, 0, streams_, [&](int64_t row, int64_t rows, const Source& source) {
-      add(source, row, rows, &p, 1);
-    });
+    for_source_rows(*p, 0, tokens_, 0, streams_,
+                    [&](int64_t row, int64_t rows, const Source& source) { add(source, row, rows, &p, 1); });
   }
   for (const Projection* p : region.listeners) for_blocks(*p, end);
   for (const Projection* p : region.later_listeners) for_blocks(*p, end);

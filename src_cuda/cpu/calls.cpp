@@ -28,8 +28,7 @@ void CpuModel::run(const Targets& targets, uint64_t call, bool accumulate, StepS
   train_dropout_ = false;
 }
 
-void CpuModel::train(const Tokens& tokens, const Targets& targets, const AdamW& adam, uint64_t call,
-                     StepStats* stats) {
+void CpuModel::train(const Tokens& tokens, const Targets& targets, const AdamW& adam, uint64_t call, StepStats* stats) {
   stage(*state_, tokens.streams, tokens.tokens, tokens.resets);
   stage_ids(tokens.ids);
   run(targets, call, false, stats);

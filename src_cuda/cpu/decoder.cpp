@@ -16,14 +16,14 @@ namespace {
 constexpr int kRowTile = 64;
 
 // c[m, n] = op(a) op(b) + beta c, row-major, through the column-major BLAS (which sees the transposes).
-void gemm(Sgemm sgemm, bool ta, bool tb, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda,
-          const float* b, int64_t ldb, float beta, float* c, int64_t ldc) {
+void gemm(Sgemm sgemm, bool ta, bool tb, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
+          int64_t ldb, float beta, float* c, int64_t ldc) {
   char transpose_a = ta ? 'T' : 'N', transpose_b = tb ? 'T' : 'N';
   int m_ = static_cast<int>(m), n_ = static_cast<int>(n), k_ = static_cast<int>(k);
   int lda_ = static_cast<int>(lda), ldb_ = static_cast<int>(ldb), ldc_ = static_cast<int>(ldc);
   float one = 1.0f;
-  sgemm(&transpose_b, &transpose_a, &n_, &m_, &k_, &one, const_cast<float*>(b), &ldb_, const_cast<float*>(a),
-        &lda_, &beta, c, &ldc_);
+  sgemm(&transpose_b, &transpose_a, &n_, &m_, &k_, &one, const_cast<float*>(b), &ldb_, const_cast<float*>(a), &lda_,
+        &beta, c, &ldc_);
 }
 
 }  // namespace
@@ -38,8 +38,8 @@ void CpuModel::logits_slice(const float* broca, int64_t rows, int slice, float* 
 // Adds this chunk's share to the rows of dW and dc of one slice of the vocabulary.
 void CpuModel::decoder_gradient_slice(int64_t first, int64_t rows, int slice, bool add) {
   const int64_t begin = slice * vocab_slice_, width = std::min(vocab_slice_, spec_.vocab - begin);
-  gemm(sgemm_, true, false, width, spec_.dim, rows, logits_ + begin, spec_.vocab, broca_ + first * spec_.dim,
-       spec_.dim, add ? 1.0f : 0.0f, d_decoder_ + begin * spec_.dim, spec_.dim);
+  gemm(sgemm_, true, false, width, spec_.dim, rows, logits_ + begin, spec_.vocab, broca_ + first * spec_.dim, spec_.dim,
+       add ? 1.0f : 0.0f, d_decoder_ + begin * spec_.dim, spec_.dim);
   float* bias = d_decoder_bias_ + begin;
   if (!add) std::fill_n(bias, width, 0.0f);
   for (int64_t row = 0; row < rows; ++row) {
@@ -68,8 +68,8 @@ void CpuModel::score(bool want_gradient, bool accumulate) {
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t row = first + i;
         const float scale = divisor_ > 0 ? static_cast<float>(target_weights_[row] / divisor_) : 0.0f;
-        SoftmaxRow job{logits_ + i * spec_.vocab, decoder_bias_, spec_.vocab, target_ids_[row], scale, want_gradient,
-                       0.0, 0};
+        SoftmaxRow job{
+            logits_ + i * spec_.vocab, decoder_bias_, spec_.vocab, target_ids_[row], scale, want_gradient, 0.0, 0};
         kernels().softmax_row(job);
         row_loss_[row] = job.loss;
         row_best_[row] = job.best;

@@ -25,8 +25,8 @@ const Kernels& choose() {
   if (!asked || !*asked || !std::strcmp(asked, best.name)) return best;
   if (!std::strcmp(asked, "baseline")) return kernels_baseline;
   if (!std::strcmp(asked, "avx2") && avx2) return kernels_avx2;
-  throw std::invalid_argument(std::string("NEUROGEN_CPU_ISA: expected baseline, avx2 or avx512, at most ") +
-                              best.name + " on this machine, got " + asked);
+  throw std::invalid_argument(std::string("NEUROGEN_CPU_ISA: expected baseline, avx2 or avx512, at most ") + best.name +
+                              " on this machine, got " + asked);
 }
 
 }  // namespace

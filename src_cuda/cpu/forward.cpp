@@ -85,8 +85,15 @@ void CpuModel::embed_region(Region& region, int tile, float* table) {
   const float* bias = region.bias + tile * kBlock;
   bool driven = false, gated = false;
   for (const Projection* p : region.from_embedding) {
-    kernels().block_product({table, kBlock, {x_, spec_.dim, kBlock}, unique_, p->panels,
-                             p->order + int64_t{tile} * p->k, p->cols + int64_t{tile} * p->k, p->k, false});
+    kernels().block_product({table,
+                             kBlock,
+                             {x_, spec_.dim, kBlock},
+                             unique_,
+                             p->panels,
+                             p->order + int64_t{tile} * p->k,
+                             p->cols + int64_t{tile} * p->k,
+                             p->k,
+                             false});
     float* out = (p->spec->gate ? region.g : region.d) + tile * slab();
     for (int64_t row = 0; row < rows_; ++row, out += kBlock) {
       const float* from = table + int64_t{slot_of_row_[row]} * kBlock;
@@ -136,8 +143,14 @@ void CpuModel::add_spikes(const Projection& p, int begin, int end, const Source&
   const bool dense = p.k * kBlock == spec_.width(p.spec->src);  // then all tiles hear the same columns
   for (int tile = begin; tile < end; tile += dense ? end - begin : 1) {
     const int64_t block = int64_t{tile} * p.k;
-    kernels().spike_product({{out.data + tile * out.tile, out.row, out.tile}, source, rows,
-                             p.panels + block * kBlockArea, p.cols + block, p.k, dense ? end - begin : 1, true});
+    kernels().spike_product({{out.data + tile * out.tile, out.row, out.tile},
+                             source,
+                             rows,
+                             p.panels + block * kBlockArea,
+                             p.cols + block,
+                             p.k,
+                             dense ? end - begin : 1,
+                             true});
   }
 }
 
@@ -160,8 +173,8 @@ void CpuModel::tick_region(int index, const Share& mine, int tile, int token) {
     std::fill_n(v + int64_t{i} * region.n, kBlock, 0.0f);
     std::fill_n(w + int64_t{i} * region.n, kBlock, 0.0f);
   }
-  kernels().neuron_tick({mine.streams, region.alpha + offset, region.rho + offset, region.a + offset,
-                         region.b + offset, region.input_gain + offset, v, w, region.n, region.d + at,
+  kernels().neuron_tick({mine.streams, region.alpha + offset, region.rho + offset, region.a + offset, region.b + offset,
+                         region.input_gain + offset, v, w, region.n, region.d + at,
                          region.gated ? region.g + at : nullptr, region.u + at, region.u + at, region.s + at,
                          spec_.graded});
   for (int i = 0; train_dropout_ && i < mine.streams; ++i) {

@@ -176,8 +176,8 @@ double sum_of_squares(const float* x, int64_t count) {
 #define NG_TEXT_OF(isa) #isa
 #define NG_TEXT(isa) NG_TEXT_OF(isa)
 extern const Kernels NG_TABLE(NG_ISA);
-const Kernels NG_TABLE(NG_ISA) = {NG_TEXT(NG_ISA), block_product, outer_product, spike_product, list_spikes,
-                                  spike_outer,     neuron_tick,   adjoint_scan,  softmax_row,   gate_row,
-                                  adam,            sum_of_squares};
+const Kernels NG_TABLE(NG_ISA) = {NG_TEXT(NG_ISA), block_product, outer_product, spike_product,
+                                  list_spikes,     spike_outer,   neuron_tick,   adjoint_scan,
+                                  softmax_row,     gate_row,      adam,          sum_of_squares};
 
 }  // namespace neurogen::cpu

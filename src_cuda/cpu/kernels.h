@@ -79,10 +79,10 @@ struct NeuronTick {
   const float *alpha, *rho, *a, *b, *input_gain;  // [32]; input_gain = sqrt(1 - alpha^2)
   float *v, *w;                                   // [S, 32] in place, row stride n
   int64_t n;
-  const float* drive;                             // d_t, [S, 32]
-  const float* gate;                              // G_t, [S, 32], or null where the region has no gate
-  const float* delayed;                           // delayed input, [S, 32]
-  float *u, *s;                                   // out, [S, 32]
+  const float* drive;    // d_t, [S, 32]
+  const float* gate;     // G_t, [S, 32], or null where the region has no gate
+  const float* delayed;  // delayed input, [S, 32]
+  float *u, *s;          // out, [S, 32]
   bool graded;
 };
 
@@ -90,16 +90,16 @@ struct NeuronTick {
 struct AdjointScan {
   int64_t streams, tokens;
   const float *alpha, *rho, *a, *b, *input_gain;  // [32]
-  const float* u;             // [T, S, 32]
-  const float* learning;      // L, [T, S, 32]
-  const float* rate_signal;   // [32]: c_rate * 2 * (rate - target) / (n * S * T)
-  const uint8_t* resets;      // [T, S] or null
-  float* lv;                  // scratch [S, 32]
-  float* lw;                  // scratch [S, 32]
-  float* delta;               // out [T, S, 32]
-  float* drive;               // gated regions: in d, out dg = delta*d*G*(1-G/2); null otherwise
-  float* gate;                // gated regions: in G, out dd = delta*G; null otherwise
-  float* dbias;               // [32], += sum of dd
+  const float* u;                                 // [T, S, 32]
+  const float* learning;                          // L, [T, S, 32]
+  const float* rate_signal;                       // [32]: c_rate * 2 * (rate - target) / (n * S * T)
+  const uint8_t* resets;                          // [T, S] or null
+  float* lv;                                      // scratch [S, 32]
+  float* lw;                                      // scratch [S, 32]
+  float* delta;                                   // out [T, S, 32]
+  float* drive;                                   // gated regions: in d, out dg = delta*d*G*(1-G/2); null otherwise
+  float* gate;                                    // gated regions: in G, out dd = delta*G; null otherwise
+  float* dbias;                                   // [32], += sum of dd
   float surrogate_k;
   bool graded;
 };
@@ -113,8 +113,8 @@ struct SoftmaxRow {
   int32_t target;
   float scale;
   bool want_gradient;
-  double loss;         // out: cross-entropy, nats
-  int32_t best;        // out: most probable token, lowest id on ties
+  double loss;   // out: cross-entropy, nats
+  int32_t best;  // out: most probable token, lowest id on ties
 };
 
 struct AdamChunk {

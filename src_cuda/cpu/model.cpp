@@ -222,8 +222,8 @@ void CpuModel::index_blocks(Projection& p) {
     const int col = p.cols[block];
     if (col < 0 || col >= columns || (block % p.k && p.cols[block - 1] >= col)) {
       throw std::invalid_argument(p.spec->key + ".cols: expected ascending columns in 0.." +
-                                  std::to_string(columns - 1) + " in every row of blocks, got " +
-                                  std::to_string(col) + " at block " + std::to_string(block));
+                                  std::to_string(columns - 1) + " in every row of blocks, got " + std::to_string(col) +
+                                  " at block " + std::to_string(block));
     }
     ++p.by_col_start[col + 1];
   }

@@ -1,4 +1,5 @@
-// The CPU model. One call (calls.cpp) walks: tokens.cpp (staging) -> forward.cpp (regions, readout) -> decoder.cpp (loss)
+// The CPU model. One call (calls.cpp) walks: tokens.cpp (staging) -> forward.cpp (regions, readout) -> decoder.cpp
+// (loss)
 // -> backward.cpp (batched e-prop) -> optimizer.cpp (AdamW) -> forward.cpp commit().
 //
 // Threads: OpenMP owns them. Work is cut into fixed tiles (32 neurons, slices of the vocabulary, rows) whose
@@ -24,8 +25,8 @@ struct Projection {
   const ProjectionSpec* spec = nullptr;
   int rows = 0, k = 0;  // rows of blocks, blocks per row
   float *blocks = nullptr, *gradient = nullptr, *panels = nullptr;
-  const int32_t* cols = nullptr;  // [rows, k]
-  int32_t* order = nullptr;       // [rows * k] = 0, 1, 2, ...: block numbers of a row are consecutive
+  const int32_t* cols = nullptr;    // [rows, k]
+  int32_t* order = nullptr;         // [rows * k] = 0, 1, 2, ...: block numbers of a row are consecutive
   int32_t* by_col_start = nullptr;  // [width/32 + 1]
   int32_t* by_col_block = nullptr;  // [rows * k] block numbers, grouped by column
   int32_t* by_col_row = nullptr;    // [rows * k] their block rows
@@ -36,14 +37,15 @@ struct Region {
   bool gated = false, self_recurrent = false;
   float *bias = nullptr, *alpha = nullptr, *rho = nullptr, *a = nullptr, *b = nullptr;  // [n]
   float *dbias = nullptr, *input_gain = nullptr, *spike_count = nullptr;                // [n]
-  std::vector<Projection*> from_embedding, drives, gates;  // delay 0, into this region
-  std::vector<Projection*> delayed, self_delayed;          // into this region, from others / from itself
-  std::vector<Projection*> listeners;                      // delay 0, out of this region
-  std::vector<Projection*> later_listeners;                // delayed, out of this region
-  // Saved by forward, [tiles, M, 32] (see Source in kernels.h). backward turns d into dg and g into dd where the region is gated.
+  std::vector<Projection*> from_embedding, drives, gates;                               // delay 0, into this region
+  std::vector<Projection*> delayed, self_delayed;  // into this region, from others / from itself
+  std::vector<Projection*> listeners;              // delay 0, out of this region
+  std::vector<Projection*> later_listeners;        // delayed, out of this region
+  // Saved by forward, [tiles, M, 32] (see Source in kernels.h). backward turns d into dg and g into dd where the region
+  // is gated.
   float *u = nullptr, *s = nullptr, *dropped = nullptr, *d = nullptr, *g = nullptr;
-  float* delta = nullptr;              // dE/dI; shares d where the region has no gate
-  float *v = nullptr, *w = nullptr;    // [S, n], staged: committed only on success
+  float* delta = nullptr;                                   // dE/dI; shares d where the region has no gate
+  float *v = nullptr, *w = nullptr;                         // [S, n], staged: committed only on success
   float* error_drive() const { return gated ? g : delta; }  // after the adjoint walk
   float* error_gate() const { return d; }
 };
@@ -162,8 +164,8 @@ class CpuModel final : public Model {
   int threads_ = 1;
   bool derived_stale_ = true, scan_embedding_rows_ = false;
 
-  float *embedding_ = nullptr, *d_embedding_ = nullptr;  // [V, D]
-  float *decoder_ = nullptr, *d_decoder_ = nullptr;      // [V, D]; the embedding's where tied
+  float *embedding_ = nullptr, *d_embedding_ = nullptr;        // [V, D]
+  float *decoder_ = nullptr, *d_decoder_ = nullptr;            // [V, D]; the embedding's where tied
   float *decoder_bias_ = nullptr, *d_decoder_bias_ = nullptr;  // [V]
   float* kappa_ = nullptr;                                     // [D]
 
@@ -173,32 +175,32 @@ class CpuModel final : public Model {
   int64_t capacity_ = 0, rows_ = 0;
   bool train_dropout_ = false, held_ = false, has_resets_ = false;
   uint64_t call_ = 0;
-  int32_t* row_ids_ = nullptr;    // [M]
-  int32_t* slot_of_row_ = nullptr;  // [M] row of x_ that feeds this row
-  int32_t* slot_of_id_ = nullptr;   // [V], -1 outside a call
-  int32_t* unique_ids_ = nullptr;   // [unique]
-  float* x_ = nullptr;              // [unique, D] distinct embedding rows of the call
-  float* dx_ = nullptr;             // [unique, D]
-  uint8_t* resets_ = nullptr;       // [M]
-  int32_t* age_ = nullptr;          // [M] tokens since the stream's last reset in this call, large without one
-  int32_t* target_ids_ = nullptr;   // [M]
+  int32_t* row_ids_ = nullptr;       // [M]
+  int32_t* slot_of_row_ = nullptr;   // [M] row of x_ that feeds this row
+  int32_t* slot_of_id_ = nullptr;    // [V], -1 outside a call
+  int32_t* unique_ids_ = nullptr;    // [unique]
+  float* x_ = nullptr;               // [unique, D] distinct embedding rows of the call
+  float* dx_ = nullptr;              // [unique, D]
+  uint8_t* resets_ = nullptr;        // [M]
+  int32_t* age_ = nullptr;           // [M] tokens since the stream's last reset in this call, large without one
+  int32_t* target_ids_ = nullptr;    // [M]
   float* target_weights_ = nullptr;  // [M]
   double divisor_ = 0.0;
-  double* row_loss_ = nullptr;    // [M]
-  int32_t* row_best_ = nullptr;   // [M]
+  double* row_loss_ = nullptr;   // [M]
+  int32_t* row_best_ = nullptr;  // [M]
 
   float *o_ = nullptr, *broca_ = nullptr, *inverse_rms_ = nullptr, *d_broca_ = nullptr;  // [M, D] ([M])
-  float* readout_error_ = nullptr;             // dE/d(summed readout input), [D/32, M, 32]
-  float* logits_ = nullptr;                    // [logit_rows, V]
+  float* readout_error_ = nullptr;  // dE/d(summed readout input), [D/32, M, 32]
+  float* logits_ = nullptr;         // [logit_rows, V]
   int64_t logit_rows_ = 0, vocab_slice_ = 0;
-  float* tile_scratch_ = nullptr;              // [threads, M + 2S, 32]
+  float* tile_scratch_ = nullptr;  // [threads, M + 2S, 32]
   int64_t tile_scratch_stride_ = 0;
-  int32_t* sort_ids_ = nullptr;                // [threads, V] for top-k and top-p
-  uint8_t* row_touched_ = nullptr;             // [V] embedding rows with a gradient
-  int32_t* touched_rows_ = nullptr;            // [V] their numbers, ascending
+  int32_t* sort_ids_ = nullptr;      // [threads, V] for top-k and top-p
+  uint8_t* row_touched_ = nullptr;   // [V] embedding rows with a gradient
+  int32_t* touched_rows_ = nullptr;  // [V] their numbers, ascending
   int64_t touched_count_ = 0;
   int64_t piece_count_ = 0;
-  double* piece_norms_ = nullptr;              // sums of squares, a fixed piece of the gradients each
+  double* piece_norms_ = nullptr;  // sums of squares, a fixed piece of the gradients each
 };
 
 // Calls body(row, rows, source) for the rows of some tokens and streams that hear a delayed projection: source

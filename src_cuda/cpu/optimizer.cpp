@@ -68,8 +68,7 @@ void CpuModel::update(const AdamW& adam, StepStats* stats) {
     kernels().adam({static_cast<float*>(tensor.data) + offset, tensor.moment1 + offset, tensor.moment2 + offset,
                     tensor.gradient + offset, count, static_cast<float>(clip), static_cast<float>(adam.beta1),
                     static_cast<float>(adam.beta2), static_cast<float>(adam.lr / correction1),
-                    static_cast<float>(1.0 / correction2), static_cast<float>(adam.eps),
-                    static_cast<float>(decay)});
+                    static_cast<float>(1.0 / correction2), static_cast<float>(adam.eps), static_cast<float>(decay)});
   });
   derived_stale_ = true;
 }

@@ -50,45 +50,45 @@ class State {
 
 // Tokens of one call. Layout [S, T], as the user has it.
 struct Tokens {
-  int streams = 0;                   // S
-  int tokens = 0;                    // T; S*T <= B*max_tokens
-  const int32_t* ids = nullptr;      // every id in [0, V)
-  const uint8_t* resets = nullptr;   // null = none
+  int streams = 0;                  // S
+  int tokens = 0;                   // T; S*T <= B*max_tokens
+  const int32_t* ids = nullptr;     // every id in [0, V)
+  const uint8_t* resets = nullptr;  // null = none
 };
 
 enum class Normalize { sum, absolute };
 
 // What the tokens are compared with. Layout [S, T].
 struct Targets {
-  const int32_t* ids = nullptr;      // every id in [0, V)
-  const float* weights = nullptr;    // null = ones
+  const int32_t* ids = nullptr;    // every id in [0, V)
+  const float* weights = nullptr;  // null = ones
   Normalize normalize = Normalize::sum;
-  double divisor = -1.0;             // >= 0 replaces the sum of weights
-  int32_t* predictions = nullptr;    // out, may be null: most probable token
+  double divisor = -1.0;           // >= 0 replaces the sum of weights
+  int32_t* predictions = nullptr;  // out, may be null: most probable token
 };
 
 struct AdamW {
   double lr = 2e-3, beta1 = 0.9, beta2 = 0.98, eps = 1e-8, weight_decay = 0.0;
-  double clip = 1.0;    // global norm; <= 0 = no clipping
-  int64_t step = 1;     // 1-based number of this update (bias correction)
+  double clip = 1.0;  // global norm; <= 0 = no clipping
+  int64_t step = 1;   // 1-based number of this update (bias correction)
 };
 
 struct StepStats {
-  double loss = 0.0;         // weighted cross-entropy, nats
+  double loss = 0.0;  // weighted cross-entropy, nats
   double homeostasis = 0.0;
-  double grad_norm = 0.0;    // before clipping
-  int64_t correct = 0;       // predictions that hit, over non-zero weights
-  int64_t tokens = 0;        // non-zero weights
-  bool finite = true;        // false: nothing was changed, nothing was committed
+  double grad_norm = 0.0;  // before clipping
+  int64_t correct = 0;     // predictions that hit, over non-zero weights
+  int64_t tokens = 0;      // non-zero weights
+  bool finite = true;      // false: nothing was changed, nothing was committed
 };
 
 struct Sampling {
   float temperature = 1.0f;
-  int top_k = 0;             // 0 = all
+  int top_k = 0;  // 0 = all
   float top_p = 1.0f;
   bool greedy = false;
   uint64_t seed = 0;
-  uint64_t position = 0;     // draw number of this seed; row m draws from (seed, position, m)
+  uint64_t position = 0;  // draw number of this seed; row m draws from (seed, position, m)
 };
 
 struct Counters {
@@ -128,8 +128,8 @@ class Model {
   // The Broca output of the last step or call on the model's own state: [B, D].
   virtual void broca_output(float* out) = 0;
 
-  virtual void encode(const int32_t* ids, int64_t count, float* out) = 0;              // [count, D]
-  virtual void logits(const float* broca, int64_t rows, float* out) = 0;               // [rows, D] -> [rows, V]
+  virtual void encode(const int32_t* ids, int64_t count, float* out) = 0;                    // [count, D]
+  virtual void logits(const float* broca, int64_t rows, float* out) = 0;                     // [rows, D] -> [rows, V]
   virtual void sample(const float* broca, int64_t rows, const Sampling&, int32_t* ids) = 0;  // -> [rows]
 
   // Mean firing rate of a region in the last training call; copies of its u and s, [T, S, n].
@@ -143,8 +143,8 @@ class Model {
 using MemoryPlan = std::vector<std::pair<std::string, int64_t>>;
 
 // sgemm of any BLAS, Fortran calling convention; used at one thread, called from several.
-using Sgemm = void (*)(char* transa, char* transb, int* m, int* n, int* k, float* alpha, float* a, int* lda,
-                       float* b, int* ldb, float* beta, float* c, int* ldc);
+using Sgemm = void (*)(char* transa, char* transb, int* m, int* n, int* k, float* alpha, float* a, int* lda, float* b,
+                       int* ldb, float* beta, float* c, int* ldc);
 
 std::unique_ptr<Model> make_cpu_model(const ModelSpec&, Sgemm);
 MemoryPlan cpu_memory_plan(const ModelSpec&);

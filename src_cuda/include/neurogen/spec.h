@@ -26,12 +26,12 @@ struct RegionSpec {
 };
 
 struct ProjectionSpec {
-  std::string key;        // "proj.<src>.<dst>.<kind>.<delay>"
-  int src = 0;            // region index or kFromEmbedding
-  int dst = 0;            // region index, or regions.size() for broca_out
-  int delay = 0;          // tokens
-  bool gate = false;      // apical (multiplicative) instead of basal input
-  int blocks_per_row = 0; // k
+  std::string key;            // "proj.<src>.<dst>.<kind>.<delay>"
+  int src = 0;                // region index or kFromEmbedding
+  int dst = 0;                // region index, or regions.size() for broca_out
+  int delay = 0;              // tokens
+  bool gate = false;          // apical (multiplicative) instead of basal input
+  int blocks_per_row = 0;     // k
   std::vector<int32_t> cols;  // [rows of blocks, k] block columns, ascending inside a row
 };
 

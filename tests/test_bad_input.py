@@ -1,0 +1,219 @@
+"""Bad calls: the right exception, a message with argument, expected and got, and a model that never noticed."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import neurogen_cy as ng
+
+B, T, V, D = 2, 3, 17, 32
+CONFIG = ng.Config(
+    vocab_size=V,
+    dim=D,
+    regions=(ng.Region("low", 32, 0), ng.Region("high", 64, 2)),
+    projections=(
+        ng.Projection("embedding", "low"),
+        ng.Projection("embedding", "high", kind="gate"),
+        ng.Projection("low", "high"),
+        ng.Projection("high", "low", delay=3),
+        ng.Projection("high", "broca_out"),
+    ),
+    dropout=0.1,
+)
+IDS = np.array([[1, 2, 3], [4, 5, 6]], np.int32)
+X = np.ones((B, D), np.float32)
+OUT = np.zeros((B, V), np.float32)
+BIG_ENDIAN = IDS.astype(">i4")
+HOST = "expected a NumPy array, a buffer .*"
+SHAPE = r"expected shape \[2, T\] with 1 <= T <= 5, got "
+NO_OTHER = "expected a host array for a model on the cpu backend, got "
+
+
+class CudaArray:
+    """What a device array shows of itself."""
+
+    __cuda_array_interface__ = {"shape": (B, T), "typestr": "<i4", "data": (16, False), "version": 3}
+
+
+class DevicePack:
+    """A DLPack array in CUDA memory (device type 2)."""
+
+    def __dlpack__(self, **options):
+        raise AssertionError("a device array must not be asked for its memory")
+
+    def __dlpack_device__(self):
+        return 2, 0
+
+
+def train(ids=IDS, targets=IDS, **options):
+    return lambda m: m.train_step_batch(ids, targets, **options)
+
+
+def backward(**options):
+    return lambda m: m.backward_batch(IDS, IDS, **options)
+
+
+def sample(broca=X, ids_out=None, **options):
+    return lambda m: m.decoder.sample_into(broca, np.zeros(B, np.int32) if ids_out is None else ids_out, **options)
+
+
+def generate(prompts=((1, 2),), count=3, **options):
+    return lambda m: m.generate(prompts, count, **options)
+
+
+def load(**changed):
+    return lambda m: m.load_state({**m.state(), **{key.replace("_", "."): a for key, a in changed.items()}})
+
+
+def filled(shape, value, dtype=np.float32):
+    return np.full(shape, value, dtype)
+
+
+def overlapping():
+    both = np.zeros(B * D, np.float32)
+    return both.reshape(B, D), both[: B * V].reshape(B, V)
+
+
+def read_only(shape, dtype=np.float32):
+    array = np.zeros(shape, dtype)
+    array.flags.writeable = False
+    return array
+
+
+SHARED = IDS.copy()
+TALL, WIDE = filled((T, B), 1, np.int32), filled((B, 2 * T), 1, np.int32)
+CALLS = {
+    "ids list": (train([[0]]), TypeError, HOST + "got list"),
+    "ids None": (train(None), TypeError, HOST + "got NoneType"),
+    "ids str": (train("text"), TypeError, HOST + "got str"),
+    "ids CUDA array": (train(CudaArray()), TypeError, NO_OTHER + r"an array in CUDA device memory \(CudaArray\)"),
+    "ids DLPack on a device": (train(DevicePack()), TypeError, NO_OTHER + "a DLPack array on device type 2"),
+    "ids float64": (train(IDS.astype(float)), TypeError, "expected dtype int32 or int64, got float64"),
+    "ids int16": (train(IDS.astype(np.int16)), TypeError, "expected dtype int32 or int64, got int16"),
+    "ids uint32": (train(IDS.astype(np.uint32)), TypeError, "expected dtype int32 or int64, got uint32"),
+    "ids big-endian": (train(BIG_ENDIAN), TypeError, "expected dtype int32 or int64, got big-endian '>i'"),
+    "ids object": (train(IDS.astype(object)), TypeError, "expected dtype int32 or int64, got 'O'"),
+    "ids datetime": (train(IDS.astype("M8[s]")), TypeError, HOST + "got ndarray: cannot include dtype 'M'"),
+    "ids transposed": (train(TALL.T), ValueError, r"expected a C-contiguous array, got shape \(2, 3\) with strides"),
+    "ids strided": (train(WIDE[:, ::2]), ValueError, r"expected a C-contiguous array, got shape \(2, 3\) with strides"),
+    "ids one axis": (train(IDS[0]), ValueError, SHAPE + r"\(3,\)"),
+    "ids three axes": (train(IDS[None]), ValueError, SHAPE + r"\(1, 2, 3\)"),
+    "ids streams": (train(TALL), ValueError, SHAPE + r"\(3, 2\)"),
+    "ids T > max_tokens": (train(WIDE, WIDE), ValueError, SHAPE + r"\(2, 6\)"),
+    "ids T = 0": (train(IDS[:, :0]), ValueError, r"expected at least one element, got shape \(2, 0\)"),
+    "ids -1": (train(IDS - 2), IndexError, r"\[0, 0\]: expected a token id in 0..16, got -1"),
+    "ids V": (train(IDS + V - 6), IndexError, r"\[1, 2\]: expected a token id in 0..16, got 17"),
+    "ids INT32_MAX": (train(filled((B, T), 2**31 - 1, np.int32)), IndexError, "in 0..16, got 2147483647"),
+    "ids int64": (train(IDS + np.int64(2**32)), IndexError, r"\[0, 0\]: .*in 0..16, got 4294967297"),
+    "targets None": (train(targets=None), TypeError, "expected an array of token ids, got None"),
+    "targets V": (train(targets=IDS + V - 6), IndexError, r"\[1, 2\]: expected a token id in 0..16, got 17"),
+    "targets shape": (train(targets=IDS[:, :2].copy()), ValueError, r"expected shape \(2, 3\), got \(2, 2\)"),
+    "weights float64": (train(weights=np.ones((B, T))), TypeError, "expected dtype float32, got float64"),
+    "weights shape": (train(weights=filled((T,), 1)), ValueError, r"expected shape \(2, 3\), got \(3,\)"),
+    "weights negative": (train(weights=filled((B, T), -1)), ValueError, "expected values >= 0 .*, got -1.0"),
+    "weights NaN": (train(weights=filled((B, T), np.nan)), ValueError, "expected finite values, got nan"),
+    "weights infinite": (backward(weights=filled((B, T), np.inf), normalize="abs"), ValueError, "finite values, got inf"),
+    "resets float": (train(resets=filled((B, T), 0)), TypeError, "expected dtype bool or uint8, got float32"),
+    "resets shape": (train(resets=filled((B, 2), 0, bool)), ValueError, r"expected shape \(2, 3\), got \(2, 2\)"),
+    "normalize": (train(normalize="mean"), ValueError, "expected 'sum' or 'abs', got 'mean'"),
+    "normalize None": (backward(normalize=None), ValueError, "expected 'sum' or 'abs', got None"),
+    "lr negative": (train(lr=-1.0), ValueError, r"expected a finite number >= 0, got -1\.0"),
+    "lr NaN": (train(lr=np.nan), ValueError, "expected a finite number >= 0, got nan"),
+    "lr str": (train(lr="1e-3"), TypeError, "expected a number, got '1e-3'"),
+    "lr infinite in optimizer_step": (lambda m: m.optimizer_step(lr=np.inf), ValueError, "expected a finite .* got inf"),
+    "lr list in optimizer_step": (lambda m: m.optimizer_step(lr=[1]), TypeError, r"expected a number, got \[1\]"),
+    "divisor negative": (backward(divisor=-1), ValueError, "expected a finite number >= 0, got -1"),
+    "divisor NaN": (backward(divisor=np.nan), ValueError, "expected a finite number >= 0, got nan"),
+    "divisor str": (backward(divisor="3"), TypeError, "expected a number, got '3'"),
+    "predictions_out int64": (train(predictions_out=np.int64(IDS)), TypeError, "expected dtype int32, got int64"),
+    "predictions_out shape": (train(predictions_out=TALL), ValueError, r"expected shape \(2, 3\), got \(3, 2\)"),
+    "predictions_out read-only": (train(predictions_out=read_only((B, T), np.int32)), ValueError, "writable.*read-only"),
+    "predictions_out bytes": (train(predictions_out=bytes(24)), TypeError, "expected dtype int32, got uint8"),
+    "predictions_out is ids": (train(SHARED, predictions_out=SHARED), ValueError, "apart from ids, got overlapping"),
+    "predictions_out is targets": (train(targets=SHARED, predictions_out=SHARED), ValueError, "apart from targets"),
+    "ids in train_step": (lambda m: m.train_step([[0]], IDS), TypeError, HOST + "got list"),
+    "targets in train_step": (lambda m: m.train_step(IDS, IDS + 16), IndexError, r"\[0, 0\]: .*in 0..16, got 17"),
+    "ids of encode_into": (lambda m: m.embedding.encode_into(7, X), TypeError, HOST + "got int"),
+    "ids empty": (lambda m: m.embedding.encode(IDS[:0]), ValueError, r"at least one element, got shape \(0, 3\)"),
+    "ids of encode": (lambda m: m.embedding.encode(IDS + V), IndexError, r"\[0, 0\]: .*in 0..16, got 18"),
+    "out None": (lambda m: m.embedding.encode_into(IDS, None), TypeError, HOST + "got NoneType"),
+    "out float64": (lambda m: m.embedding.encode_into(IDS[0], np.zeros((3, D))), TypeError, "float32, got float64"),
+    "out shape": (lambda m: m.embedding.encode_into(IDS, X), ValueError, r"expected shape \(2, 3, 32\), got \(2, 32\)"),
+    "out read-only": (lambda m: m.embedding.encode_into(IDS[0], read_only((3, D))), ValueError, "writable.*read-only"),
+    "out strided": (lambda m: m.embedding.encode_into(IDS[0], filled((3, 64), 0)[:, ::2]), ValueError, "C-contiguous"),
+    "id V": (lambda m: m.embedding.row_view(V), IndexError, "expected a token id in 0..16, got 17"),
+    "id -1": (lambda m: m.embedding.row_view(-1), IndexError, "expected a token id in 0..16, got -1"),
+    "id float": (lambda m: m.embedding.row_view(1.0), TypeError, "expected an integer, got float"),
+    "x width": (lambda m: m.brain.step(X[:, :31].copy()), ValueError, r"expected shape \(2, 32\), got \(2, 31\)"),
+    "x one axis": (lambda m: m.brain.step(X[0]), ValueError, r"expected shape \(2, 32\), got \(32,\)"),
+    "x None": (lambda m: m.brain.step(None), TypeError, HOST + "got NoneType"),
+    "x NaN": (lambda m: m.brain.step(filled((B, D), np.nan)), ValueError, "expected finite values, got nan"),
+    "out of broca_output_into": (lambda m: m.brain.broca_output_into(OUT), ValueError, r"\(2, 32\), got \(2, 17\)"),
+    "streams B": (lambda m: m.brain.reset(B), IndexError, "expected 0..1, got 2"),
+    "streams -1": (lambda m: m.brain.reset([0, -1]), IndexError, "expected 0..1, got -1"),
+    "streams float": (lambda m: m.brain.reset([0.5]), TypeError, "expected integers, got 0.5"),
+    "broca one axis": (lambda m: m.decoder.logits_into(X[0], OUT[:1]), ValueError, r"shape \[M, 32\], got \(32,\)"),
+    "out of logits_into": (lambda m: m.decoder.logits_into(X, OUT[:1]), ValueError, r"\(2, 17\), got \(1, 17\)"),
+    "out overlaps": (lambda m: m.decoder.logits_into(*overlapping()), ValueError, "memory apart from broca, got overl"),
+    "broca float64": (sample(np.ones((B, D))), TypeError, "expected dtype float32, got float64"),
+    "broca infinite": (sample(X * np.inf), ValueError, "expected finite values, got inf"),
+    "ids_out int64": (sample(ids_out=filled(B, 0, np.int64)), TypeError, "expected dtype int32, got int64"),
+    "ids_out shape": (sample(ids_out=filled(3, 0, np.int32)), ValueError, r"expected shape \(2,\), got \(3,\)"),
+    "temperature 0": (sample(temperature=0), ValueError, r"expected a finite float32 number > 0 .*, got 0"),
+    "temperature NaN": (sample(temperature=np.nan), ValueError, "expected a finite float32 number > 0 .*, got nan"),
+    "temperature 1e-60": (sample(temperature=1e-60), ValueError, "expected a finite float32 number > 0 .*, got 1e-60"),
+    "temperature None": (sample(temperature=None), TypeError, "expected a number, got None"),
+    "top_k -1": (sample(top_k=-1), ValueError, "expected an integer >= 0, got -1"),
+    "top_k float": (sample(top_k=1.0), TypeError, r"expected an integer >= 0, got 1\.0"),
+    "top_p 0": (sample(top_p=0), ValueError, r"expected a number in \(0, 1\], got 0"),
+    "top_p 1.1": (generate(top_p=1.1), ValueError, r"expected a number in \(0, 1\], got 1.1"),
+    "seed -1": (sample(seed=-1), ValueError, r"expected an integer in 0..2\*\*64-1, got -1"),
+    "seed 2**64": (generate(seed=2**64), ValueError, r"expected an integer in 0..2\*\*64-1, got 18446744073709551616"),
+    "position -1": (sample(position=-1), ValueError, r"expected an integer in 0..2\*\*64-1, got -1"),
+    "prompts None": (generate(None), TypeError, HOST + "got NoneType"),
+    "prompts none": (generate([]), ValueError, "expected at least one prompt, got none"),
+    "prompts[0] empty": (generate([[]]), ValueError, r"expected a 1-D array of at least one id, got shape \(0,\)"),
+    "prompts[1] V": (generate([[1], [V]]), IndexError, "expected token ids in 0..16, got 17"),
+    "prompts[0] float": (generate([[1.5]]), TypeError, "expected integer ids, got dtype float64"),
+    "prompts[0] device": (generate([CudaArray()]), TypeError, NO_OTHER + "an array in CUDA device memory"),
+    "prompts too many": (generate([[1]] * 11), ValueError, r"at most streams \* max_tokens = 10, got 11"),
+    "prompts for carry": (generate(carry=True), ValueError, "expected 2, one per stream .*, got 1"),
+    "max_new_tokens 0": (generate(count=0), ValueError, "expected an integer in 1..2147483647, got 0"),
+    "max_new_tokens float": (generate(count=2.5), TypeError, "expected an integer in 1..2147483647, got 2.5"),
+    "stop_ids V": (generate(stop_ids=[0, V]), IndexError, "expected token ids in 0..16, got 17"),
+    "stop_ids float": (generate(stop_ids=[1.5]), TypeError, r"expected a sequence of integers, got \[1.5\]"),
+    "stop_ids int": (generate(stop_ids=3), TypeError, "expected a sequence of integers, got 3"),
+    "ids of evaluate": (lambda m: m.evaluate(IDS.tolist(), IDS), TypeError, HOST + "got list"),
+    "ids V in evaluate": (lambda m: m.evaluate(WIDE * V, WIDE), IndexError, r"\[0, 0\]: .*in 0..16, got 17"),
+    "targets of evaluate": (lambda m: m.evaluate(IDS, WIDE), ValueError, r"expected shape \(2, 3\), got \(2, 6\)"),
+    "resets of evaluate": (lambda m: m.evaluate(IDS, IDS, IDS), TypeError, "expected dtype bool or uint8, got int32"),
+    "ids empty in evaluate": (lambda m: m.evaluate(IDS[:, :0], IDS), ValueError, r"at least one token, got \(2, 0\)"),
+    "state None": (lambda m: m.load_state(None), TypeError, "expected a mapping of key to array, got NoneType"),
+    "state unknown": (load(more=X), ValueError, r"expected no other keys than the model's, got \['more'\]"),
+    "region.low.v missing": (lambda m: m.load_state({}), ValueError, "expected a value, got none"),
+    "broca.o float64": (load(broca_o=np.zeros((B, D))), TypeError, "expected dtype float32, got float64"),
+    "broca.o shape": (load(broca_o=X[:1]), ValueError, r"expected shape \(2, 32\), got \(1, 32\)"),
+    "broca.o NaN": (load(broca_o=X * np.nan), ValueError, "expected finite values, got NaN or infinity"),
+    "broca.o device": (load(broca_o=CudaArray()), TypeError, NO_OTHER + "an array in CUDA device memory"),
+    "parameters None": (lambda m: m.load_parameters(None), TypeError, "a mapping of key to array, got NoneType"),
+    "parameters x": (lambda m: m.load_parameters({"x": X}), ValueError, "expected keys of this model, got 'x'"),
+    "decoder.bias NaN": (lambda m: m.load_parameters({"decoder.bias": OUT[0] * np.nan}), ValueError, "finite.*got NaN"),
+    "decoder.bias shape": (lambda m: m.load_parameters({"decoder.bias": OUT}), ValueError, r"\(17,\), got \(2, 17\)"),
+    "region": (lambda m: m.recorded("middle"), ValueError, "expected one of low, high, got 'middle'"),
+    "recorded": (lambda m: m.recorded("low"), RuntimeError, "expected the last call .* record=True, got none"),
+}
+SETTINGS = {
+    "config": (None, TypeError, "expected a neurogen_cy.Config, got dict"),
+    "backend": ("tpu", ValueError, "expected 'auto', 'cpu' or 'cuda', got 'tpu'"),
+    "device": (1, ValueError, "expected 0, got 1"),
+    "streams": (0, ValueError, "expected an integer in 1..2147483647, got 0"),
+    "max_tokens": (2.5, TypeError, "expected an integer in 1..2147483647, got 2.5"),
+    "streams * max_tokens": (2**30, ValueError, "expected at most 2147483647, got "),
+    "seed": (-1, ValueError, "expected an integer .*, got -1"),
+    "precision": ("fp8", ValueError, "expected .*'fp32', got 'fp8'"),
+    "threads": (10**6, ValueError, "expected an integer in 1..1024, got 1000000"),
+    "optimizer": ("adam", TypeError, "expected a neurogen_cy.AdamW, got str"),
+    "sync": ("poll", ValueError, "expected 'block' or 'spin', got 'poll'"),
+    "nonfinite": ("ignore", ValueError, "expected 'raise' or 'skip', got 'ignore'"),
+}

@@ -1,5 +1,7 @@
 # The three organs a user holds: embedding, brain, decoder. Views of one Engine, no state of their own.
 
+from neurogen_cy._neurogen cimport Sampling
+
 
 cdef class TokenEmbedding:
     """Token embedding E [V, D] of a model.

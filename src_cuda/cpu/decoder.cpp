@@ -13,8 +13,6 @@
 namespace neurogen::cpu {
 namespace {
 
-constexpr int kRowTile = 64;
-
 // c[m, n] = op(a) op(b) + beta c, row-major, through the column-major BLAS (which sees the transposes).
 void gemm(Sgemm sgemm, bool ta, bool tb, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
           int64_t ldb, float beta, float* c, int64_t ldc) {
@@ -48,18 +46,19 @@ void CpuModel::decoder_gradient_slice(int64_t first, int64_t rows, int slice, bo
   }
 }
 
-void CpuModel::broca_gradient(int64_t first, int64_t rows) {
-  gemm(sgemm_, false, false, rows, spec_.dim, spec_.vocab, logits_ + first % logit_rows_ * spec_.vocab, spec_.vocab,
-       decoder_, spec_.dim, 0.0f, d_broca_ + first * spec_.dim, spec_.dim);
+// Columns of dE/d broca of one slice of D, for the rows of this chunk.
+void CpuModel::broca_gradient_slice(int64_t first, int64_t rows, int slice) {
+  const int64_t begin = slice * dim_slice_, width = std::min(dim_slice_, spec_.dim - begin);
+  gemm(sgemm_, false, false, rows, width, spec_.vocab, logits_, spec_.vocab, decoder_ + begin, spec_.dim, 0.0f,
+       d_broca_ + first * spec_.dim + begin, spec_.dim);
 }
 
 // Cross-entropy of every row of the call; with the gradient: dE/d broca, dW and dc.
 void CpuModel::score(bool want_gradient, bool accumulate) {
-  const int slices = vocab_slices();
+  const int slices = vocab_slices(), dim_slices = static_cast<int>((spec_.dim + dim_slice_ - 1) / dim_slice_);
   for (int64_t first = 0; first < rows_; first += logit_rows_) {
     const int64_t rows = std::min(logit_rows_, rows_ - first);
     const bool add = accumulate || first > 0;
-    const int tiles = static_cast<int>((rows + kRowTile - 1) / kRowTile);
 #pragma omp parallel num_threads(threads_)
     {
 #pragma omp for schedule(static)
@@ -75,12 +74,10 @@ void CpuModel::score(bool want_gradient, bool accumulate) {
         row_best_[row] = job.best;
       }
       if (want_gradient) {
-#pragma omp for schedule(static) nowait
+#pragma omp for schedule(dynamic) nowait
+        for (int slice = 0; slice < dim_slices; ++slice) broca_gradient_slice(first, rows, slice);
+#pragma omp for schedule(dynamic)
         for (int slice = 0; slice < slices; ++slice) decoder_gradient_slice(first, rows, slice, add);
-#pragma omp for schedule(static)
-        for (int tile = 0; tile < tiles; ++tile) {
-          broca_gradient(first + int64_t{tile} * kRowTile, std::min<int64_t>(kRowTile, rows - tile * kRowTile));
-        }
       }
     }
   }

@@ -3,10 +3,13 @@
 //   v = alpha v - (1-alpha) w + sqrt(1-alpha^2) I - s,  u = v - 1,  s = H(u)(1+u),  w = rho w + (1-rho)(a v + b s)
 // and o = kappa o + (1-kappa) r, broca = o / rms(o) for the readout r.
 //
-// Order of work: embedding products of all tokens at once; then, a chunk of tokens at a time, the regions from
-// the lowest level up, each over the whole chunk. A chunk is no longer than the shortest feedback delay, so
-// everything a region reads is there, and weights are reused over it while they are in the cache. Results equal
-// the token-by-token order bit for bit, whatever the chunk and the threads: a sum's order never depends on them.
+// Order of work: embedding products of all tokens at once, then one of two schedules.
+//   Many streams: each thread takes a group of them and runs, a chunk of tokens at a time, the regions from the lowest
+//   level up, each over the whole chunk. A chunk is no longer than the shortest feedback delay, so everything a region
+//   reads is there, and weights are reused while they are in the cache. Threads do not meet.
+//   Few streams: a wavefront. At tick k the regions of level l work on token k - l, all of them at once, tiles shared
+//   among the threads, which meet once a tick. The delay rule sees to it that all reads are of earlier ticks.
+// Results equal the token-by-token order bit for bit either way: a sum's order depends on neither.
 #include <omp.h>
 
 #include <algorithm>
@@ -34,8 +37,6 @@ struct CpuModel::Share {
   int last_tile(int tiles) const { return tiles * (rank + 1) / team; }
 };
 
-// With enough streams every thread takes a group of them through all tokens and meets the others once. With few,
-// the threads share every region's tiles and meet at every token of a recurrent region.
 CpuModel::Share CpuModel::share(int thread, int threads) const {
   if (streams_ < kStreamsPerThread * threads) return {0, streams_, thread, threads};
   const int first = streams_ * thread / threads;
@@ -55,19 +56,17 @@ void CpuModel::forward() {
     }
 #pragma omp barrier
     const Share mine = share(omp_get_thread_num(), omp_get_num_threads());
-    const bool alone = mine.team == 1;
-    for (int first = 0; first < tokens_; first += chunk) {
-      const int count = std::min(chunk, tokens_ - first);
-      for (int index : sequence_) {
-        Region& region = regions_[index];
-        const int begin = mine.first_tile(region.tiles), end = mine.last_tile(region.tiles);
-        feed_region(region, mine, begin, end, first, count);
-        for (int token = first; token < first + count; ++token) {
-          for (const Projection* p : region.self_delayed) add_delayed(*p, mine, begin, end, token);
-          for (int tile = begin; tile < end; ++tile) tick_region(index, mine, tile, token);
-          if (alone || !(region.self_recurrent || token == first + count - 1)) continue;
-#pragma omp barrier
+    if (mine.team == 1) {
+      for (int first = 0; first < tokens_; first += chunk) {
+        for (int index : sequence_) run_region(index, mine, first, std::min(chunk, tokens_ - first));
+      }
+    } else {
+      for (int tick = 0; tick < tokens_ + ranks_ - 1; ++tick) {
+        for (int index : sequence_) {
+          const int token = tick - regions_[index].rank;
+          if (token >= 0 && token < tokens_) run_region(index, mine, token, 1);
         }
+#pragma omp barrier
       }
     }
 #pragma omp barrier
@@ -77,6 +76,17 @@ void CpuModel::forward() {
     for (int64_t row = 0; row < rows_; ++row) {
       inverse_rms_[row] = normalize(o_ + row * spec_.dim, broca_ + row * spec_.dim);
     }
+  }
+}
+
+// Tokens [first, first + count) of this thread's share of a region.
+void CpuModel::run_region(int index, const Share& mine, int first, int count) {
+  Region& region = regions_[index];
+  const int begin = mine.first_tile(region.tiles), end = mine.last_tile(region.tiles);
+  feed_region(region, mine, begin, end, first, count);
+  for (int token = first; token < first + count; ++token) {
+    for (const Projection* p : region.self_delayed) add_delayed(*p, mine, begin, end, token);
+    for (int tile = begin; tile < end; ++tile) tick_region(index, mine, tile, token);
   }
 }
 

@@ -78,7 +78,12 @@ void CpuModel::connect() {
   std::stable_sort(sequence_.begin(), sequence_.end(),
                    [&](int x, int y) { return spec_.regions[x].level < spec_.regions[y].level; });
   std::vector<int> position(regions_.size());
-  for (size_t i = 0; i < sequence_.size(); ++i) position[sequence_[i]] = static_cast<int>(i);
+  for (size_t i = 0; i < sequence_.size(); ++i) {
+    position[sequence_[i]] = static_cast<int>(i);
+    const bool new_level = i == 0 || spec_.regions[sequence_[i]].level != spec_.regions[sequence_[i - 1]].level;
+    ranks_ += new_level;
+    regions_[sequence_[i]].rank = ranks_ - 1;
+  }
 
   chunk_limit_ = INT_MAX;
   for (size_t i = 0; i < projections_.size(); ++i) {
@@ -101,10 +106,7 @@ void CpuModel::connect() {
       // A region that is fed back to may not run further ahead than the delay of what comes back.
       if (position[src] > position[dst]) chunk_limit_ = std::min(chunk_limit_, p.spec->delay);
     }
-    if (dst != spec_.readout()) {
-      regions_[dst].gated |= p.spec->gate;
-      regions_[dst].self_recurrent |= src == dst;
-    }
+    if (dst != spec_.readout()) regions_[dst].gated |= p.spec->gate;
     if (src != kFromEmbedding) {
       (p.spec->delay ? regions_[src].later_listeners : regions_[src].listeners).push_back(&p);
     }
@@ -199,7 +201,8 @@ void CpuModel::lay_out_workspace() {
   inverse_rms_ = arena_.take<float>(part, rows);
   logit_rows_ = std::min(rows, std::max<int64_t>(16, kLogitFloats / vocab));
   logits_ = arena_.take<float>(part, logit_rows_ * vocab);
-  // At most 16 slices, none narrower than 128: enough parallel work without starving the BLAS kernels.
+  // Units of parallel work that do not starve the BLAS kernels: 16 slices of V of at least 128, 4 of D of at least 64.
+  dim_slice_ = std::max<int64_t>(64, (dim / 4 + 31) / 32 * 32);
   vocab_slice_ = std::max<int64_t>(128, ((vocab + 15) / 16 + 31) / 32 * 32);
   tile_scratch_stride_ = (rows + 2 * spec_.streams) * kBlock;
   tile_scratch_ = arena_.take<float>(part, threads_ * tile_scratch_stride_);

@@ -34,7 +34,8 @@ struct Projection {
 
 struct Region {
   int n = 0, tiles = 0, history = 0;
-  bool gated = false, self_recurrent = false;
+  int rank = 0;  // its level, gaps closed
+  bool gated = false;
   float *bias = nullptr, *alpha = nullptr, *rho = nullptr, *a = nullptr, *b = nullptr;  // [n]
   float *dbias = nullptr, *input_gain = nullptr, *spike_count = nullptr;                // [n]
   std::vector<Projection*> from_embedding, drives, gates;                               // delay 0, into this region
@@ -100,6 +101,7 @@ class CpuModel final : public Model {
   void forward();
   void embed_region(Region& region, int tile, float* table);
   struct Share;
+  void run_region(int index, const Share& mine, int first, int count);
   Share share(int thread, int threads) const;
   void feed_region(Region& region, const Share& mine, int begin, int end, int first, int count);
   void tick_region(int index, const Share& mine, int tile, int token);
@@ -122,7 +124,7 @@ class CpuModel final : public Model {
   int vocab_slices() const { return static_cast<int>((spec_.vocab + vocab_slice_ - 1) / vocab_slice_); }
   void logits_slice(const float* broca, int64_t rows, int slice, float* out);
   void decoder_gradient_slice(int64_t first, int64_t rows, int slice, bool add);
-  void broca_gradient(int64_t first, int64_t rows);
+  void broca_gradient_slice(int64_t first, int64_t rows, int slice);
   void score(bool want_gradient, bool accumulate);
   void summarize(const Targets& targets, StepStats* stats);
 
@@ -159,6 +161,7 @@ class CpuModel final : public Model {
   std::vector<Projection> projections_;
   std::vector<Projection*> readout_;  // into broca_out
   std::vector<int> sequence_;         // regions in order of level
+  int ranks_ = 0;                     // different levels
   int chunk_limit_ = 0;               // tokens one region may run ahead of the others
   std::unique_ptr<CpuState> state_;
   int threads_ = 1;
@@ -192,7 +195,7 @@ class CpuModel final : public Model {
   float *o_ = nullptr, *broca_ = nullptr, *inverse_rms_ = nullptr, *d_broca_ = nullptr;  // [M, D] ([M])
   float* readout_error_ = nullptr;  // dE/d(summed readout input), [D/32, M, 32]
   float* logits_ = nullptr;         // [logit_rows, V]
-  int64_t logit_rows_ = 0, vocab_slice_ = 0;
+  int64_t logit_rows_ = 0, vocab_slice_ = 0, dim_slice_ = 0;
   float* tile_scratch_ = nullptr;  // [threads, M + 2S, 32]
   int64_t tile_scratch_stride_ = 0;
   int32_t* sort_ids_ = nullptr;      // [threads, V] for top-k and top-p

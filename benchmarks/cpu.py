@@ -2,9 +2,10 @@
 
     python benchmarks/cpu.py [--threads 2] [--rounds 7]
 
-`tiny`, 16 streams x 64 tokens: tokens/s of one train step (forward, loss, e-prop, AdamW) and of the same step of
-torch.nn.LSTM + Linear + Adam with the same number of weights, in alternating rounds of one process. `base`, one
-stream x 512 tokens: tokens/s as a share of what the measured sgemm rate would allow for its 371 MFLOP a token.
+`tiny`, 16 streams x 64 tokens of Python's help topics: tokens/s of one train step (forward, loss, e-prop, AdamW) and
+of the same step of torch.nn.LSTM + Linear + Adam with the same number of weights, in alternating rounds of one process.
+`base`, one stream x 512 tokens: tokens/s as a share of what the measured sgemm rate would allow for its 371 MFLOP a
+token. And the same model trained token by token (`train_step`) beside `train_step_batch`, one stream.
 """
 
 import argparse
@@ -16,16 +17,21 @@ import numpy as np
 from scipy.linalg.blas import sgemm
 
 import neurogen_cy as ng
+from neurogen_cy import data
 
 BASE_FLOP = 371e6  # forward and backward of preset `base`, dense decoder included, per token
 
 
 def text_batches(vocab, streams, tokens, count):
-    """Zipf-distributed ids: repeats like text's, without a corpus."""
-    rng = np.random.default_rng(0)
-    p = 1 / np.arange(1, vocab + 1)
-    ids = rng.choice(vocab, (count, streams, tokens + 1), p=p / p.sum()).astype(np.int64)
-    return [(np.ascontiguousarray(x[:, :-1]), np.ascontiguousarray(x[:, 1:])) for x in ids]
+    """Consecutive windows of real text: bytes, or bytes spread over a larger vocabulary by their neighbour."""
+    text = np.frombuffer(data.default_corpus()[0], np.uint8).astype(np.int64)
+    if vocab > 256:  # pairs of bytes: about as many different tokens as words have
+        text = (text[:-1] * 257 + text[1:]) % vocab
+    length = len(text) // streams
+    rows = text[: length * streams].reshape(streams, length)
+    starts = [i * tokens for i in range(count)]
+    assert starts[-1] + tokens < length
+    return [tuple(np.ascontiguousarray(rows[:, i + k : i + k + tokens]) for k in (0, 1)) for i in starts]
 
 
 def lstm_step(weights, vocab, width, threads):
@@ -109,17 +115,38 @@ def base(threads, rounds, tokens=512):
             "sgemm_flops": common.spread(products), "share_of_sgemm": common.spread(shares)}
 
 
+def loop(preset, threads, rounds, tokens=500, loop_tokens=50):
+    """Token by token, with a copy, a decision and an update for each, against one batched step."""
+    cfg = ng.Config.preset(preset)
+    model = ng.NeuroGen(cfg, backend="cpu", streams=1, max_tokens=tokens, threads=threads)
+    long, short = text_batches(cfg.vocab_size, 1, tokens, 1), text_batches(cfg.vocab_size, 1, loop_tokens, 1)
+    batched, looped = [], []
+    for number in range(rounds + 1):
+        pair = rate(model.train_step_batch, long), rate(model.train_step, short)
+        if number:
+            batched.append(pair[0])
+            looped.append(pair[1])
+    ratios = [a / b for a, b in zip(batched, looped)]
+    print(f"{preset} 1 x {tokens}: train_step {np.median(looped):,.1f} tok/s, train_step_batch "
+          f"{np.median(batched):,.0f} tok/s, ratio {np.median(ratios):.1f} ({min(ratios):.1f}..{max(ratios):.1f})")
+    return {"preset": preset, "B": 1, "T": tokens, "weights": cfg.weights, "tok_s": common.spread(batched),
+            "peer": f"train_step, token by token ({loop_tokens} tokens measured)",
+            "peer_tok_s": common.spread(looped), "ratio": common.spread(ratios)}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", choices=["tiny", "base"])
+    parser.add_argument("--only", choices=["tiny", "base", "loop"])
     args = parser.parse_args()
     rows = []
-    if args.only != "base":
+    if args.only in (None, "tiny"):
         rows.append(tiny(args.threads, args.rounds))
-    if args.only != "tiny":
+    if args.only in (None, "base"):
         rows.append(base(args.threads, max(2, args.rounds // 2)))
+    if args.only in (None, "loop"):
+        rows += [loop(preset, args.threads, max(2, args.rounds // 2)) for preset in ("tiny", "base")]
     if args.only is None:
         common.write("cpu", {"machine": common.machine(), "threads": args.threads,
                              "instruction_set": ng._cpu.instruction_set(), "rows": rows})

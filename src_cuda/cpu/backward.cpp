@@ -16,7 +16,7 @@ namespace neurogen::cpu {
 void CpuModel::learn(bool accumulate) {
   const int dim_tiles = spec_.dim / kBlock;
   if (!accumulate) clear_embedding_gradient();
-#pragma omp parallel num_threads(threads_)
+#pragma omp parallel num_threads(workers(rows_* weights_))
   {
     float* scratch = tile_scratch_ + omp_get_thread_num() * tile_scratch_stride_;
 #pragma omp for schedule(static)

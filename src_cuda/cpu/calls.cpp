@@ -11,7 +11,7 @@ namespace neurogen::cpu {
 void CpuModel::score_and_learn(const Targets& targets, bool accumulate, StepStats* stats) {
   stage_targets(targets);
   score(true, accumulate);
-#pragma omp parallel num_threads(threads_)
+#pragma omp parallel num_threads(workers(rows_* weights_))
   for (Region& region : regions_) {
 #pragma omp for schedule(static) nowait
     for (int tile = 0; tile < region.tiles; ++tile) count_spikes(region, tile);

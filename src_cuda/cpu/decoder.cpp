@@ -13,6 +13,8 @@
 namespace neurogen::cpu {
 namespace {
 
+constexpr int64_t kSampleCost = 16;  // multiply-adds that one token's exponential is worth
+
 // c[m, n] = op(a) op(b) + beta c, row-major, through the column-major BLAS (which sees the transposes).
 void gemm(Sgemm sgemm, bool ta, bool tb, int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
           int64_t ldb, float beta, float* c, int64_t ldc) {
@@ -59,7 +61,7 @@ void CpuModel::score(bool want_gradient, bool accumulate) {
   for (int64_t first = 0; first < rows_; first += logit_rows_) {
     const int64_t rows = std::min(logit_rows_, rows_ - first);
     const bool add = accumulate || first > 0;
-#pragma omp parallel num_threads(threads_)
+#pragma omp parallel num_threads(workers(rows_* weights_))
     {
 #pragma omp for schedule(static)
       for (int slice = 0; slice < slices; ++slice) logits_slice(broca_ + first * spec_.dim, rows, slice, logits_);
@@ -103,7 +105,7 @@ void CpuModel::summarize(const Targets& targets, StepStats* stats) {
 
 void CpuModel::logits(const float* broca, int64_t rows, float* out) {
   const int slices = vocab_slices();
-#pragma omp parallel num_threads(threads_)
+#pragma omp parallel num_threads(workers(rows* spec_.vocab* spec_.dim))
   {
 #pragma omp for schedule(static)
     for (int slice = 0; slice < slices; ++slice) logits_slice(broca, rows, slice, out);
@@ -118,7 +120,7 @@ void CpuModel::sample(const float* broca, int64_t rows, const Sampling& sampling
   for (int64_t first = 0; first < rows; first += logit_rows_) {
     const int64_t count = std::min(logit_rows_, rows - first);
     logits(broca + first * spec_.dim, count, logits_);
-#pragma omp parallel for num_threads(threads_) schedule(static)
+#pragma omp parallel for num_threads(workers(count* spec_.vocab* kSampleCost)) schedule(static)
     for (int64_t row = 0; row < count; ++row) {
       ids[first + row] = draw_token(logits_ + row * spec_.vocab, spec_.vocab, sampling, first + row,
                                     sort_ids_ + omp_get_thread_num() * int64_t{spec_.vocab});

@@ -4,11 +4,12 @@
 // and o = kappa o + (1-kappa) r, broca = o / rms(o) for the readout r.
 //
 // Order of work: embedding products of all tokens at once, then one of two schedules.
-//   Many streams: each thread takes a group of them and runs, a chunk of tokens at a time, the regions from the lowest
-//   level up, each over the whole chunk. A chunk is no longer than the shortest feedback delay, so everything a region
-//   reads is there, and weights are reused while they are in the cache. Threads do not meet.
-//   Few streams: a wavefront. At tick k the regions of level l work on token k - l, all of them at once, tiles shared
-//   among the threads, which meet once a tick. The delay rule sees to it that all reads are of earlier ticks.
+//   As many streams as threads, or a small brain: each thread takes a group of streams and runs, a chunk of tokens at a
+//   time, the regions from the lowest level up, each over the whole chunk. A chunk is no longer than the shortest
+//   feedback delay, so everything a region reads is there, and weights are reused while they are in the cache. Threads
+//   do not meet. Few streams of a large brain: a wavefront. At tick k the regions of level l work on token k - l, all
+//   of them at once, tiles shared among the threads, which meet once a tick. The delay rule sees to it that all reads
+//   are of earlier ticks.
 // Results equal the token-by-token order bit for bit either way: a sum's order depends on neither.
 #include <omp.h>
 
@@ -23,8 +24,8 @@
 namespace neurogen::cpu {
 namespace {
 
-constexpr int kChunkRows = 256;       // rows of a chunk: a region's slice of it stays in the L2 cache
-constexpr int kStreamsPerThread = 8;  // rows that the product kernels hold at once
+constexpr int kChunkRows = 256;     // rows of a chunk: a region's slice of it stays in the L2 cache
+constexpr int kTeamNeurons = 8192;  // a smaller brain's tick is too short to be worth a barrier
 constexpr double kRmsEpsilon = 1e-5;
 
 }  // namespace
@@ -38,16 +39,17 @@ struct CpuModel::Share {
 };
 
 CpuModel::Share CpuModel::share(int thread, int threads) const {
-  if (streams_ < kStreamsPerThread * threads) return {0, streams_, thread, threads};
-  const int first = streams_ * thread / threads;
-  return {first, streams_ * (thread + 1) / threads - first, 0, 1};
+  if (streams_ < threads && neurons_ >= kTeamNeurons) return {0, streams_, thread, threads};
+  const int groups = std::min(streams_, threads), group = std::min(thread, groups);
+  const int first = streams_ * group / groups;
+  return {first, thread < groups ? streams_ * (group + 1) / groups - first : 0, 0, 1};
 }
 
 void CpuModel::forward() {
   refresh_derived();
   const int chunk = std::min({chunk_limit_, tokens_, std::max(1, kChunkRows / streams_)});
   const int readout_tiles = spec_.dim / kBlock;
-#pragma omp parallel num_threads(threads_)
+#pragma omp parallel num_threads(workers(rows_* weights_))
   {
     float* scratch = tile_scratch_ + omp_get_thread_num() * tile_scratch_stride_;
     for (Region& region : regions_) {
@@ -57,7 +59,7 @@ void CpuModel::forward() {
 #pragma omp barrier
     const Share mine = share(omp_get_thread_num(), omp_get_num_threads());
     if (mine.team == 1) {
-      for (int first = 0; first < tokens_; first += chunk) {
+      for (int first = 0; mine.streams > 0 && first < tokens_; first += chunk) {
         for (int index : sequence_) run_region(index, mine, first, std::min(chunk, tokens_ - first));
       }
     } else {

@@ -72,6 +72,7 @@ void CpuModel::connect() {
   for (size_t r = 0; r < regions_.size(); ++r) {
     regions_[r].n = spec_.regions[r].neurons;
     regions_[r].tiles = regions_[r].n / kBlock;
+    neurons_ += regions_[r].n;
     regions_[r].history = largest_delay_from(spec_, static_cast<int>(r));
     sequence_.push_back(static_cast<int>(r));
   }
@@ -86,11 +87,13 @@ void CpuModel::connect() {
   }
 
   chunk_limit_ = INT_MAX;
+  weights_ = int64_t{spec_.vocab} * spec_.dim;
   for (size_t i = 0; i < projections_.size(); ++i) {
     Projection& p = projections_[i];
     p.spec = &spec_.projections[i];
     p.rows = spec_.width(p.spec->dst) / kBlock;
     p.k = p.spec->blocks_per_row;
+    weights_ += int64_t{p.rows} * p.k * kBlockArea;
     p.cols = p.spec->cols.data();
     const int src = p.spec->src, dst = p.spec->dst;
     if (dst == spec_.readout()) {

@@ -17,7 +17,8 @@
 
 namespace neurogen::cpu {
 
-constexpr int64_t kUpdatePiece = 1 << 15;  // values of one unit of the optimizer's work
+constexpr int64_t kParallelWork = 3'000'000;  // multiply-adds, about 0.1 ms
+constexpr int64_t kUpdatePiece = 1 << 15;     // values of one unit of the optimizer's work
 
 // Weights of one projection: the stored blocks, their transposes (the forward product reads 32 receivers at
 // once), and the same blocks listed by source column (the backward product reads 32 sources at once).
@@ -91,6 +92,9 @@ class CpuModel final : public Model {
   void refresh_derived();
   float* parameter(const std::string& key, std::vector<int64_t> shape, bool trainable, bool decay);
 
+  // Threads for a job of so many multiply-adds: one where waking the others would take longer than the job.
+  int workers(int64_t multiply_adds) const { return multiply_adds < kParallelWork ? 1 : threads_; }
+
   // tokens.cpp
   void stage(CpuState& state, int streams, int tokens, const uint8_t* resets);
   void stage_ids(const int32_t* ids);
@@ -161,6 +165,8 @@ class CpuModel final : public Model {
   std::vector<Projection> projections_;
   std::vector<Projection*> readout_;  // into broca_out
   std::vector<int> sequence_;         // regions in order of level
+  int64_t neurons_ = 0;               // N
+  int64_t weights_ = 0;               // trainable values but the embedding
   int ranks_ = 0;                     // different levels
   int chunk_limit_ = 0;               // tokens one region may run ahead of the others
   std::unique_ptr<CpuState> state_;

@@ -73,7 +73,7 @@ cdef class NeuronState:
         """{key: copy}: region.<name>.v and .w [S, n], .spikes [S, K, n] (newest first), broca.o [S, D]."""
         self.engine.enter()
         try:
-            return {view.key: np.ascontiguousarray(_streams_first(view)) for view in self.views(True)}
+            return {view.key: np.array(_streams_first(view), order="C") for view in self.views(True)}
         finally:
             self.engine.busy = False
 

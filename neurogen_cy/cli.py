@@ -68,7 +68,7 @@ def evaluate(
             text, facts = load_corpus(data)
         training, validation = split(text)
         held_out = evaluation_streams(text if whole else validation)
-        model = _load(path, backend, threads, tokens=TOKENS)
+        model = _load(path, backend, threads, STREAMS)
     nats = model.evaluate(*held_out)
     bits = report.ngram_bits(training, validation) if ngrams else {}
     click.echo(f"{path}, step {model.step}")
@@ -105,7 +105,7 @@ def generate(
         raise click.UsageError("--prompt: expected at least one character, got an empty text")
     with usage_errors():
         text = prompt.encode("utf-8", "surrogateescape")
-        model = _load(checkpoint_in(path, BEST), backend, threads, tokens=TOKENS)
+        model = _load(checkpoint_in(path, BEST), backend, threads, 1)
         seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
         pieces = stream_text(model, text, tokens, seed=seed, **sampling)
         first = next(pieces)
@@ -144,10 +144,10 @@ def info(path: Path | None) -> None:
         click.echo(f"{name:8}{neurons:>10,}{config.weights:>14,}{total:>10}  {parts}")
 
 
-def _load(path: Path, backend: str, threads: int | None, tokens: int) -> NeuroGen:
-    """Return the byte model in a checkpoint, for one stream."""
+def _load(path: Path, backend: str, threads: int | None, streams: int) -> NeuroGen:
+    """Return the byte model in a checkpoint, ready for this many streams."""
     with usage_errors(RuntimeError, MemoryError):
-        model = NeuroGen.load(path, backend=backend, streams=1, max_tokens=tokens, threads=threads)
+        model = NeuroGen.load(path, backend=backend, streams=streams, max_tokens=TOKENS, threads=threads)
     if model.config.vocab_size != 256:
         raise click.UsageError(
             f"{path}: expected a model of bytes, vocab_size 256, got {model.config.vocab_size}"

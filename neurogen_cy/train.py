@@ -39,9 +39,9 @@ class Settings:
         Steps between evaluations, and between checkpoints in `last`; both also happen at the end.
     """
 
-    steps: int = 1000
+    steps: int = 1500
     lr: float = 4e-3
-    warmup: int = 50
+    warmup: int = 200
     evaluate_every: int = 100
     save_every: int = 100
 

@@ -1,11 +1,13 @@
 """Bad calls: the right exception, a message with argument, expected and got, and a model that never noticed."""
 
-from types import SimpleNamespace
+import functools
+import re
 
 import numpy as np
 import pytest
 
 import neurogen_cy as ng
+from neurogen_cy import backend as backends
 
 B, T, V, D = 2, 3, 17, 32
 CONFIG = ng.Config(
@@ -113,7 +115,7 @@ CALLS = {
     "weights shape": (train(weights=filled((T,), 1)), ValueError, r"expected shape \(2, 3\), got \(3,\)"),
     "weights negative": (train(weights=filled((B, T), -1)), ValueError, "expected values >= 0 .*, got -1.0"),
     "weights NaN": (train(weights=filled((B, T), np.nan)), ValueError, "expected finite values, got nan"),
-    "weights infinite": (backward(weights=filled((B, T), np.inf), normalize="abs"), ValueError, "finite values, got inf"),
+    "weights infinite": (backward(weights=filled((B, T), np.inf), normalize="abs"), ValueError, "values, got inf"),
     "resets float": (train(resets=filled((B, T), 0)), TypeError, "expected dtype bool or uint8, got float32"),
     "resets shape": (train(resets=filled((B, 2), 0, bool)), ValueError, r"expected shape \(2, 3\), got \(2, 2\)"),
     "normalize": (train(normalize="mean"), ValueError, "expected 'sum' or 'abs', got 'mean'"),
@@ -121,14 +123,14 @@ CALLS = {
     "lr negative": (train(lr=-1.0), ValueError, r"expected a finite number >= 0, got -1\.0"),
     "lr NaN": (train(lr=np.nan), ValueError, "expected a finite number >= 0, got nan"),
     "lr str": (train(lr="1e-3"), TypeError, "expected a number, got '1e-3'"),
-    "lr infinite in optimizer_step": (lambda m: m.optimizer_step(lr=np.inf), ValueError, "expected a finite .* got inf"),
+    "lr infinite in optimizer_step": (lambda m: m.optimizer_step(lr=np.inf), ValueError, "expected a finite .*inf"),
     "lr list in optimizer_step": (lambda m: m.optimizer_step(lr=[1]), TypeError, r"expected a number, got \[1\]"),
     "divisor negative": (backward(divisor=-1), ValueError, "expected a finite number >= 0, got -1"),
     "divisor NaN": (backward(divisor=np.nan), ValueError, "expected a finite number >= 0, got nan"),
     "divisor str": (backward(divisor="3"), TypeError, "expected a number, got '3'"),
     "predictions_out int64": (train(predictions_out=np.int64(IDS)), TypeError, "expected dtype int32, got int64"),
     "predictions_out shape": (train(predictions_out=TALL), ValueError, r"expected shape \(2, 3\), got \(3, 2\)"),
-    "predictions_out read-only": (train(predictions_out=read_only((B, T), np.int32)), ValueError, "writable.*read-only"),
+    "predictions_out read-only": (train(predictions_out=read_only((B, T), np.int32)), ValueError, "a writable.*-only"),
     "predictions_out bytes": (train(predictions_out=bytes(24)), TypeError, "expected dtype int32, got uint8"),
     "predictions_out is ids": (train(SHARED, predictions_out=SHARED), ValueError, "apart from ids, got overlapping"),
     "predictions_out is targets": (train(targets=SHARED, predictions_out=SHARED), ValueError, "apart from targets"),
@@ -169,7 +171,7 @@ CALLS = {
     "top_p 0": (sample(top_p=0), ValueError, r"expected a number in \(0, 1\], got 0"),
     "top_p 1.1": (generate(top_p=1.1), ValueError, r"expected a number in \(0, 1\], got 1.1"),
     "seed -1": (sample(seed=-1), ValueError, r"expected an integer in 0..2\*\*64-1, got -1"),
-    "seed 2**64": (generate(seed=2**64), ValueError, r"expected an integer in 0..2\*\*64-1, got 18446744073709551616"),
+    "seed 2^64": (generate(seed=2**64), ValueError, r"expected an integer in 0..2\*\*64-1, got 18446744073709551616"),
     "position -1": (sample(position=-1), ValueError, r"expected an integer in 0..2\*\*64-1, got -1"),
     "prompts None": (generate(None), TypeError, HOST + "got NoneType"),
     "prompts none": (generate([]), ValueError, "expected at least one prompt, got none"),
@@ -203,17 +205,120 @@ CALLS = {
     "region": (lambda m: m.recorded("middle"), ValueError, "expected one of low, high, got 'middle'"),
     "recorded": (lambda m: m.recorded("low"), RuntimeError, "expected the last call .* record=True, got none"),
 }
-SETTINGS = {
-    "config": (None, TypeError, "expected a neurogen_cy.Config, got dict"),
-    "backend": ("tpu", ValueError, "expected 'auto', 'cpu' or 'cuda', got 'tpu'"),
-    "device": (1, ValueError, "expected 0, got 1"),
-    "streams": (0, ValueError, "expected an integer in 1..2147483647, got 0"),
-    "max_tokens": (2.5, TypeError, "expected an integer in 1..2147483647, got 2.5"),
-    "streams * max_tokens": (2**30, ValueError, "expected at most 2147483647, got "),
-    "seed": (-1, ValueError, "expected an integer .*, got -1"),
-    "precision": ("fp8", ValueError, "expected .*'fp32', got 'fp8'"),
-    "threads": (10**6, ValueError, "expected an integer in 1..1024, got 1000000"),
-    "optimizer": ("adam", TypeError, "expected a neurogen_cy.AdamW, got str"),
-    "sync": ("poll", ValueError, "expected 'block' or 'spin', got 'poll'"),
-    "nonfinite": ("ignore", ValueError, "expected 'raise' or 'skip', got 'ignore'"),
+MODELS = {
+    "config": (lambda: ng.NeuroGen(None), TypeError, "expected a neurogen_cy.Config, got NoneType"),
+    "backend": (lambda: ng.NeuroGen(CONFIG, "tpu"), ValueError, "expected 'auto', 'cpu' or 'cuda', got 'tpu'"),
+    "device": (lambda: ng.NeuroGen(CONFIG, "cpu", device=1), ValueError, "expected 0, got 1"),
+    "streams": (lambda: ng.NeuroGen(CONFIG, streams=0), ValueError, r"integer in 1\.\.2147483647, got 0"),
+    "max_tokens": (lambda: ng.NeuroGen(CONFIG, max_tokens=2.5), TypeError, "expected an integer .*, got 2.5"),
+    "streams * max_tokens": (lambda: ng.NeuroGen(CONFIG, streams=2**30), ValueError, "expected at most 2147483647"),
+    "seed": (lambda: ng.NeuroGen(CONFIG, seed=-1), ValueError, "expected an integer .*, got -1"),
+    "precision": (lambda: ng.NeuroGen(CONFIG, precision="fp8"), ValueError, "expected .*'fp32', got 'fp8'"),
+    "threads": (lambda: ng.NeuroGen(CONFIG, threads=10**6), ValueError, "integer in 1..1024, got 1000000"),
+    "optimizer": (lambda: ng.NeuroGen(CONFIG, optimizer="adam"), TypeError, "expected a neurogen_cy.AdamW, got str"),
+    "sync": (lambda: ng.NeuroGen(CONFIG, sync="poll"), ValueError, "expected 'block' or 'spin', got 'poll'"),
+    "nonfinite": (lambda: ng.NeuroGen(CONFIG, nonfinite="no"), ValueError, "expected 'raise' or 'skip', got 'no'"),
+    "streams of memory_plan": (lambda: ng.memory_plan(CONFIG, "2"), TypeError, "expected an integer .*, got '2'"),
+    "lr of AdamW": (lambda: ng.AdamW(lr="1"), TypeError, "expected a number, got '1'"),
+    "eps of AdamW": (lambda: ng.AdamW(eps=0), ValueError, "expected a number > 0, got 0"),
+    "beta2 of AdamW": (lambda: ng.AdamW(beta2=1.0), ValueError, r"expected a number in \[0, 1\), got 1\.0"),
+    "clip of AdamW": (lambda: ng.AdamW(clip=np.nan), ValueError, "expected a finite number >= 0, got nan"),
 }
+
+
+def snapshot(m):
+    """Everything a bad call must not touch."""
+    views = {**m.parameters(), **{f"gradient of {key}": view for key, view in m.gradients().items()}}
+    for key, moments in m._engine.moments().items():
+        views.update({f"moment {i} of {key}": view for i, view in enumerate(moments)})
+    arrays = {**{key: view.numpy() for key, view in views.items()}, **m.state()}
+    return {**{key: a.tobytes() for key, a in arrays.items()}, "counts": (m.step, m.calls, m.skipped)}
+
+
+def trained(backend):
+    """A model with moments, gradients and a state to lose."""
+    m = ng.NeuroGen(CONFIG, backend=backend, streams=B, max_tokens=5, seed=3, threads=1)
+    m.train_step_batch(IDS, IDS + 1)
+    m.backward_batch(IDS + 2, IDS)
+    return m
+
+
+def go_on(m):
+    return m.train_step_batch(IDS, IDS[::-1].copy(), resets=IDS == 2)
+
+
+@functools.cache
+def undisturbed(backend):
+    """Before, result and after of a good call to a model that never saw a bad one."""
+    m = trained(backend)
+    return snapshot(m), go_on(m), snapshot(m)
+
+
+def refuse(name, call, error, message):
+    with pytest.raises(error) as caught:
+        call()
+    text = str(caught.value)
+    argument = name if "*" in name else name.split()[0]
+    assert caught.type is error and text.startswith(argument) and "expected" in text
+    caught.match(message)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_bad_call_leaves_no_trace(backend, name):
+    call, error, message = CALLS[name]
+    if NO_OTHER in message and backend != "cpu":
+        pytest.skip("device arrays are welcome here")
+    before, result, after = undisturbed(backend)
+    m, given = trained(backend), IDS.copy()
+    refuse(name, lambda: call(m), error, message)
+    assert np.array_equal(IDS, given) and np.array_equal(SHARED, given)
+    assert snapshot(m) == before
+    assert go_on(m) == result
+    assert snapshot(m) == after
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_bad_setting_is_refused(name):
+    refuse(name, *MODELS[name])
+
+
+def test_an_absent_backend_says_why():
+    reasons = [reason for reason in backends.available().values() if reason]
+    if not reasons:
+        pytest.skip("every backend is here")
+    with pytest.raises(RuntimeError, match=f"no usable backend; .*: {re.escape(reasons[0])}"):
+        ng.NeuroGen(CONFIG, backend=next(name for name, reason in backends.available().items() if reason))
+
+
+def test_a_model_larger_than_the_memory_shows_its_plan(backend):
+    plan = r"this model needs [\d,.]+ MiB at streams=1024, max_tokens=1048576.* MiB are free:\n  parameters"
+    with pytest.raises(MemoryError, match=plan):
+        ng.NeuroGen(ng.Config.preset("small"), backend=backend, streams=2**10, max_tokens=2**20)
+
+
+def test_refused_calls_write_no_output(backend):
+    m = trained(backend)
+    out, ids_out = filled((B, T, D), 7), filled((B, T), 7, np.int32)
+    for call in (
+        lambda: m.embedding.encode_into(np.where(IDS == 6, V, IDS).astype(np.int32), out),
+        lambda: m.decoder.logits_into(X, out.reshape(-1)[: B * V].reshape(V, B)),
+        lambda: m.decoder.sample_into(X, ids_out[0, :B], top_p=2.0),
+        lambda: m.train_step_batch(IDS, IDS + V, predictions_out=ids_out),
+        lambda: m.train_step_batch(IDS, IDS, lr=-1.0, predictions_out=ids_out),
+    ):
+        with pytest.raises((ValueError, IndexError)):
+            call()
+    assert (out == 7).all() and (ids_out == 7).all()
+
+
+def test_parts_of_a_model_are_not_made_by_hand(backend):
+    """A half-built object would read memory that is not there."""
+    part = trained(backend)._engine.own_state()
+    for kind in (type(part), type(trained(backend).parameters()["broca.kappa"])):
+        with pytest.raises(TypeError, match="expected to be taken from"):
+            kind()
+    for kind in (ng.TokenEmbedding, ng.Brain, ng.Decoder):
+        with pytest.raises(TypeError, match="Engine"):
+            kind(None)
+        with pytest.raises(TypeError):
+            kind.__new__(kind)

@@ -192,6 +192,18 @@ def test_a_damaged_checkpoint_is_refused_everywhere(run: Run, tmp_path: Path) ->
         assert re.search(r"model\.safetensors: expected \d+ bytes, got \d+", output)
 
 
+@pytest.mark.parametrize(
+    ("good", "kept"), [(1, "no checkpoint was saved yet"), (5, r"the newest checkpoint is \S+/run/last")]
+)
+def test_a_run_that_fails_says_what_is_left(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: int, kept: str
+) -> None:
+    losses = iter([5.0] * good + [float("nan")])
+    monkeypatch.setattr(neurogen_cy.NeuroGen, "evaluate", lambda *arguments: next(losses))
+    output = run(*TRAIN, "--save-every", 8, "--out", tmp_path / "run", status=1).output
+    assert re.search(rf"step {2 * good + 2}: expected a finite validation loss, got nan \({kept}\)", output)
+
+
 def test_eval_gives_what_the_run_ended_with(run: Run) -> None:
     nats = checkpoint.read_meta("runs/brain/last")["extra"]["run"]["validation"]
     output = run("eval", "runs/brain/last", "--threads", 1).output

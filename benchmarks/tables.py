@@ -1,0 +1,78 @@
+"""Puts the records of results/ into the tables of README.md and benchmarks/README.md, between their markers."""
+
+import json
+import re
+from pathlib import Path
+
+import common
+
+HERE = Path(__file__).parent
+
+
+def record(name):
+    return json.loads((common.RESULTS / f"{name}.json").read_text())
+
+
+def table(head, rows):
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+    return "\n".join(lines)
+
+
+def span(values, form):
+    return f"{values['median']:{form}} ({values['min']:{form}} to {values['max']:{form}})"
+
+
+def cpu():
+    """Every row of the CPU record."""
+    data = record("cpu")
+    rows = []
+    for row in data["rows"]:
+        peer, ratio = row.get("peer"), row.get("ratio")
+        if "share_of_sgemm" in row:
+            peer, ratio = f"sgemm, {row['sgemm_flops']['median'] / 1e9:.0f} GFLOP/s / 371 MFLOP", row["share_of_sgemm"]
+        beside = span(row["peer_tok_s"], ",.1f") if "peer_tok_s" in row else f"{row['sgemm_flops']['median'] / 371e6:,.0f}"
+        rows.append([f"`{row['preset']}`", f"{row['B']} x {row['T']}", span(row["tok_s"], ",.0f"), peer, beside,
+                     span(ratio, ".2f")])
+    head = ["preset", "streams x tokens", "tokens/s", "beside", "its tokens/s", "ratio"]
+    machine = data["machine"]
+    return table(head, rows) + (
+        f"\n\n{machine['processor']}, {data['threads']} threads, {data['instruction_set']} kernels, commit "
+        f"{machine['commit']}; median (smallest to largest) of alternating rounds."
+    )
+
+
+def answer():
+    """The token-by-token loop beside the batched step."""
+    rows = [row for row in record("cpu")["rows"] if row.get("peer", "").startswith("train_step")]
+    body = [[f"`{row['preset']}`, one stream", f"{row['peer_tok_s']['median']:,.1f}", f"{row['tok_s']['median']:,.0f}",
+             f"{row['ratio']['median']:,.0f} x"] for row in rows]
+    return table(["CPU, tokens/s", "token by token (`train_step`)", "`train_step_batch`, T = 500", "ratio"], body)
+
+
+def quality():
+    """Validation of each text beside its n-grams."""
+    rows = []
+    for row in record("quality")["rows"]:
+        grams = row["ngram_bits_per_byte"]
+        rows.append([row["text"], f"{row['bytes'] / 1e6:.2f} MB", f"{row['tokens'] / 1e6:.1f} M",
+                     f"{row['seconds']:.0f} s", f"**{row['validation_bits_per_byte']:.2f}**",
+                     *(f"{grams[order]:.2f}" for order in "345")])
+    head = ["text", "size", "bytes read", "whole command", "validation", "3-gram", "4-gram", "5-gram"]
+    return table(head, rows) + "\n\nBits per byte on the last 10 % of the text; preset `tiny`, CPU, two threads."
+
+
+def main():
+    makers = {"cpu": cpu, "answer": answer, "quality": quality}
+    for path in (HERE.parent / "README.md", HERE / "README.md"):
+        text = path.read_text()
+        for name, make in makers.items():
+            marks = f"<!-- {name} -->", f"<!-- /{name} -->"
+            if marks[0] in text:
+                body = f"{marks[0]}\n{make()}\n{marks[1]}"
+                text = re.sub(f"{marks[0]}.*?{marks[1]}", lambda _: body, text, flags=re.S)
+        path.write_text(text)
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

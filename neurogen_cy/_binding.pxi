@@ -30,6 +30,7 @@ cdef ModelSpec make_spec(object cfg, dict topology, int streams, int max_tokens,
     spec.vocab, spec.dim = cfg.vocab_size, cfg.dim
     spec.graded, spec.tied = cfg.graded, cfg.tie_decoder
     spec.surrogate_k, spec.dropout = cfg.surrogate_k, cfg.dropout
+    spec.max_spike = float("inf") if cfg.max_spike is None else cfg.max_spike
     spec.rate_target, spec.rate_weight = cfg.rate_target, cfg.rate_weight
     spec.streams, spec.max_tokens, spec.threads, spec.seed = streams, max_tokens, threads, seed
     index = {"embedding": -1, "broca_out": len(cfg.regions)}

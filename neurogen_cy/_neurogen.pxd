@@ -30,6 +30,7 @@ cdef extern from "neurogen/spec.h" namespace "neurogen" nogil:
         bool graded
         bool tied
         float surrogate_k
+        float max_spike
         float rate_target
         float rate_weight
         float dropout

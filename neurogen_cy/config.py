@@ -150,6 +150,8 @@ class Config:
     field, what was expected and what was got. Lists are taken for tuples and NumPy integers for int.
     `tau_out` (low, high) in tokens is the range of Broca's output integrator; `surrogate_k` the k of
     psi(u) = 1 / (1 + k|u|)^2 (Zenke and Ganguli 2018); `rate_target` in spikes per token.
+    `max_spike` bounds a graded spike, s = H(u) min(1 + u, max_spike), with slope 0 of the factor above the bound
+    (None: no bound; recurrent loops can then run away in training, so the presets set 4).
 
     Examples
     --------
@@ -170,6 +172,7 @@ class Config:
     rate_target: float = 0.1
     rate_weight: float = 0.5
     dropout: float = 0.0
+    max_spike: float | None = None
 
     def __post_init__(self) -> None:
         self.__dict__.update(
@@ -184,6 +187,7 @@ class Config:
             rate_target=_number("rate_target", self.rate_target, "in [0, 1]", lambda x: 0 <= x <= 1),
             rate_weight=_number("rate_weight", self.rate_weight, ">= 0", lambda x: x >= 0),
             dropout=_number("dropout", self.dropout, "in [0, 1)", lambda x: 0 <= x < 1),
+            max_spike=None if self.max_spike is None else _number("max_spike", self.max_spike, "> 1", lambda x: x > 1),
         )
         check_connectome(self)
 

@@ -280,7 +280,10 @@ class NeuroGen:
         with self._alone():
             steps = zip(ids.T.copy(), targets.T.copy())
             results = [self._token_step(now, wanted) for now, wanted in steps]
-        mean = lambda name: float(np.mean([getattr(result, name) for result in results]))
+
+        def mean(name: str) -> float:
+            return float(np.mean([getattr(result, name) for result in results]))
+
         rates = {name: float(np.mean([result.rates[name] for result in results])) for name in results[0].rates}
         return StepResult(mean("loss"), mean("homeostasis"), mean("accuracy"), ids.size, mean("grad_norm"), rates)
 
@@ -373,8 +376,8 @@ class NeuroGen:
             for begin in range(0, shape[1], window):
                 part = (group, slice(begin, min(begin + window, shape[1])))
                 cut = [np.ascontiguousarray(values[part]) for values in inputs]
-                cut += [None] * (3 - len(cut))
-                total += self._engine.evaluate(state, *cut, part[1].stop - begin)
+                flags = cut[2] if len(cut) == 3 else None
+                total += float(self._engine.evaluate(state, cut[0], cut[1], flags, part[1].stop - begin))
         return total / (shape[0] * shape[1])
 
     def generate(

@@ -40,6 +40,9 @@ RECURRENT = ("thalamus", "wernicke", "hippocampus", "pfc", "broca")
 FEEDBACK = (("pfc", "thalamus", 4), ("pfc", "wernicke", 3))  # source, receiver, delay in tokens
 READOUT = ("wernicke", "hippocampus", "pfc", "broca")
 
+# Without a bound, half of all trainings of `tiny` end in a loop of spikes that grow without limit.
+MAX_SPIKE = 4.0
+
 # Blocks that a row of blocks holds in the sparse sizes.
 BLOCKS, RECURRENT_BLOCKS, READOUT_BLOCKS = 1, 2, 8
 
@@ -69,4 +72,10 @@ def preset_fields(name: str, dim: int | None = None) -> dict[str, Any]:
         Region(name, widths[name], level, TAU.get(name, Region.tau), TAU_ADAPT.get(name, Region.tau_adapt))
         for level, name in enumerate(REGIONS)
     ]
-    return {"vocab_size": vocab_size, "dim": dim, "regions": regions, "projections": projections}
+    return {
+        "vocab_size": vocab_size,
+        "dim": dim,
+        "regions": regions,
+        "projections": projections,
+        "max_spike": MAX_SPIKE,
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from typing import Any
 
 from threadpoolctl import ThreadpoolController
 
@@ -25,7 +26,7 @@ class _BlasAtOneThread:
         self._lock = threading.Lock()
         self._users = 0
         self._before: list[int] = []
-        self._libraries: list[object] | None = None
+        self._libraries: list[Any] | None = None
 
     def __enter__(self) -> None:
         with self._lock:

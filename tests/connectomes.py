@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 from hypothesis import strategies as st
-from reference import emit, zero_state
+from reference import emit, largest_spike, zero_state
 
 from neurogen_cy.config import Config, Projection, Region
 from neurogen_cy.connectome import initial_parameters
@@ -64,6 +64,7 @@ def random_config(rng, **fixed):
         "tie_decoder": bool(rng.random() < 0.4),
         "rate_weight": float(rng.choice([0.0, 0.5, 2.0])),
         "dropout": float(rng.choice([0.0, 0.25])),
+        "max_spike": rng.choice([None, 1.5, 4.0]),
     }
     return Config(**{**fields, **fixed})
 
@@ -83,8 +84,8 @@ def random_state(cfg, rng, streams):
     for r in cfg.regions:
         state[f"region.{r.name}.w"] = np.abs(state[f"region.{r.name}.w"]) * 0.5
         spikes = state[f"region.{r.name}.spikes"]
-        spikes[:] = emit(spikes - 1.0, cfg.graded)
-        spikes[:, :1] = emit(state[f"region.{r.name}.v"][:, None] - 1.0, cfg.graded)
+        spikes[:] = emit(spikes - 1.0, cfg)
+        spikes[:, :1] = emit(state[f"region.{r.name}.v"][:, None] - 1.0, cfg)
     return state
 
 
@@ -118,7 +119,7 @@ def cases(**fixed):
 
 
 def retry_off_threshold(draw, evaluate, margin=1e-4, attempts=100):
-    """Draw until no neuron comes within `margin` of its threshold, where rounding alone decides a spike.
+    """Draw until no neuron comes within `margin` of its threshold, where rounding alone decides a spike (or its bound).
 
     Parameters
     ----------
@@ -134,6 +135,7 @@ def retry_off_threshold(draw, evaluate, margin=1e-4, attempts=100):
     for redraws in range(attempts):
         case = draw(redraws)
         answer = evaluate(case)
-        if all(np.abs(u).min() >= margin for u in answer.u.values()):
+        bound = largest_spike(case.cfg) - 1.0  # where the slope of a graded spike jumps
+        if all(min(np.abs(u).min(), np.abs(u - bound).min()) >= margin for u in answer.u.values()):
             return case, answer, redraws
     raise RuntimeError(f"{attempts} draws, each with a neuron within {margin:g} of its threshold")

@@ -20,9 +20,14 @@ def heaviside(u):
     return (u > 0).astype(np.float64)
 
 
-def emit(u, graded):
-    """Spike sent at distance `u` to threshold: H(u) * (1 + u), or H(u) when binary."""
-    return heaviside(u) * (1.0 + u) if graded else heaviside(u)
+def emit(u, cfg):
+    """Spike sent at distance `u` to threshold: H(u) * min(1 + u, max_spike), or H(u) when binary."""
+    return heaviside(u) * np.minimum(1.0 + u, largest_spike(cfg)) if cfg.graded else heaviside(u)
+
+
+def largest_spike(cfg):
+    """The bound of a graded spike, infinite where the configuration sets none."""
+    return np.inf if cfg.max_spike is None else cfg.max_spike
 
 
 def surrogate(u, k):
@@ -30,11 +35,13 @@ def surrogate(u, k):
     return 1.0 / (1.0 + k * np.abs(u)) ** 2
 
 
-def emission_slope(u, k, graded):
+def emission_slope(u, cfg):
     """ds/du: the product rule with psi in place of H'; 1 + u is clipped to the side where a spike exists."""
-    if not graded:
-        return surrogate(u, k)
-    return surrogate(u, k) * (1.0 + np.maximum(u, 0.0)) + heaviside(u)
+    psi = surrogate(u, cfg.surrogate_k)
+    if not cfg.graded:
+        return psi
+    bound = largest_spike(cfg)
+    return psi * np.minimum(1.0 + np.maximum(u, 0.0), bound) + heaviside(u) * (1.0 + u < bound)
 
 
 def projection_key(p):
@@ -150,7 +157,7 @@ def _forward(cfg, params, ids, resets, past, masks, forced):
 
     v = {r.name: past[f"region.{r.name}.v"] for r in regions}
     w = {r.name: past[f"region.{r.name}.w"] for r in regions}
-    last = {name: emit(v[name] - 1.0, cfg.graded) for name in v}  # for the soft reset, whatever K is
+    last = {name: emit(v[name] - 1.0, cfg) for name in v}  # for the soft reset, whatever K is
     o, kappa = past["broca.o"], params["broca.kappa"]
 
     for t in range(T):
@@ -177,7 +184,7 @@ def _forward(cfg, params, ids, resets, past, masks, forced):
             u = alpha * v0 - (1 - alpha) * w0 + np.sqrt(1 - alpha**2) * current - s0 - 1.0
             if r.name in forced:
                 u = np.asarray(forced[r.name][:, t], dtype=np.float64)
-            s = emit(u, cfg.graded)
+            s = emit(u, cfg)
             v[r.name] = u + 1.0
             w[r.name] = rho * w0 + (1 - rho) * (a * v[r.name] + b * s)
             last[r.name] = s
@@ -243,7 +250,7 @@ def _backward(cfg, params, run, ids, masks, d_logits):
     B, T = ids.shape
     regions = sorted(cfg.regions, key=lambda r: -r.level)
     kappa = params["broca.kappa"]
-    slopes = {n: emission_slope(u, cfg.surrogate_k, cfg.graded) for n, u in run.u.items()}
+    slopes = {n: emission_slope(u, cfg) for n, u in run.u.items()}
     rate_signals = {name: _rate_signal(cfg, run, name) for name in run.u}
     d_matrix = {key: np.zeros_like(matrix) for key, matrix in run.matrices.items()}
     d_bias = {r.name: np.zeros(r.neurons) for r in regions}
@@ -325,7 +332,7 @@ def eligibility_gradients(cfg, params, region, *args, **kwargs):
     B, T, n = u.shape
     columns = (np.asarray(x, dtype=np.float64)[:, None] for x in _constants(params, region))
     alpha, rho, a, b = columns  # [n, 1]: traces are [B, n, n_src]
-    slope = emission_slope(u, cfg.surrogate_k, cfg.graded)
+    slope = emission_slope(u, cfg)
     rate_signal = _rate_signal(cfg, run, region)
 
     # dI_t / dW_ji = influence_j * source_i

@@ -94,7 +94,6 @@ CONFIG_CASES = [
     ({"regions": (*REGIONS, REGIONS[1])}, ValueError, "regions: expected unique names, got 'high' 2 times"),
     ({"regions": REGIONS[:1]}, ValueError, UNKNOWN + "dst: expected broca_out or one of low, got 'high'"),
     ({"regions": REGIONS[1:]}, ValueError, "dst: expected broca_out or one of high, got 'low'"),
-    ({"projections": CHAIN[1:]}, ValueError, "projections: expected at least one into 'low', got none"),
     ({"projections": CHAIN[:2]}, ValueError, "projections: expected at least one into 'broca_out', got none"),
     *bad(TypeError, "graded", "True or False", 1),
     *bad(TypeError, "tie_decoder", "True or False", "no"),

@@ -146,6 +146,22 @@ def test_a_step_that_is_not_finite_changes_nothing(backend, poison, nonfinite):
     assert contents(m) == contents(spared)
 
 
+def test_a_backward_pass_that_is_not_finite_keeps_the_state(backend):
+    m = build(backend)
+    train(m, range(3))
+    overflow_loss(m)
+    before = contents(m)
+    for nonfinite in ("raise", "skip"):
+        m.nonfinite = nonfinite
+        if nonfinite == "raise":
+            with pytest.raises(FloatingPointError, match="step 4: expected a finite loss"):
+                m.backward_batch(*batch(3, 3))
+        else:
+            assert not np.isfinite(m.backward_batch(*batch(3, 3)).loss)
+        assert contents(m) == before
+    assert m.skipped == 1
+
+
 @pytest.mark.parametrize("nonfinite", ["raise", "skip"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])  # 1e30 squared leaves float32
 def test_a_gradient_that_is_not_finite_changes_nothing(backend, value, nonfinite):

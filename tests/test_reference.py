@@ -15,6 +15,7 @@ from reference import (
     emit,
     forward_backward,
     history,
+    largest_spike,
     philox4x32,
     projection_key,
     sampling_probabilities,
@@ -72,7 +73,8 @@ def autograd(case, masks=None, weights=None, resets=None, state=None, normalize=
 
     def spike(u):
         # H(u) (1 + relu(u)) is the graded spike, and its product rule the slope, since relu' is H.
-        return Step.apply(u) * (1 + u.relu()) if cfg.graded else Step.apply(u)
+        bound = largest_spike(cfg)
+        return Step.apply(u) * (1 + u.relu()).clamp(max=bound) if cfg.graded else Step.apply(u)
 
     def tensor(a):
         return torch.tensor(np.asarray(a, dtype=np.float64))
@@ -177,6 +179,7 @@ def test_drawn_cases_cover_the_model():
     has = {
         "binary": lambda c, _: not c.cfg.graded,
         "graded": lambda c, _: c.cfg.graded,
+        "bounded spikes": lambda c, r: c.cfg.max_spike and any((u + 1 > c.cfg.max_spike).any() for u in r.u.values()),
         "tied": lambda c, _: c.cfg.tie_decoder,
         "untied": lambda c, _: not c.cfg.tie_decoder,
         "gate": lambda c, _: has_gate(c.cfg, from_embedding=False),
@@ -244,7 +247,7 @@ def test_two_calls_equal_one(case, first):
     assert max(relative_error(state[key], a) for key, a in whole.state.items()) <= 1e-12
     for r in case.cfg.regions:
         v, kept = (whole.state[f"region.{r.name}.{x}"] for x in ("v", "spikes"))
-        assert not kept.size or np.array_equal(kept[:, 0], emit(v - 1, case.cfg.graded))
+        assert not kept.size or np.array_equal(kept[:, 0], emit(v - 1, case.cfg))
 
 
 @settings(max_examples=20, deadline=None)
@@ -269,7 +272,7 @@ def test_forced_spikes():
     forced = oracle(case, spikes=shifted)
     for r in case.cfg.regions:
         assert np.array_equal(forced.u[r.name], shifted[r.name])
-        assert np.array_equal(forced.s[r.name], emit(shifted[r.name], case.cfg.graded))
+        assert np.array_equal(forced.s[r.name], emit(shifted[r.name], case.cfg))
         assert np.array_equal(forced.state[f"region.{r.name}.v"], shifted[r.name][:, -1] + 1)
     assert forced.loss != got.loss
 
@@ -403,9 +406,10 @@ def test_sampling_ties_and_edges():
 
 
 def test_retry_counts_what_it_throws_away():
-    distances = [0.0, -9e-5, 0.5, 0.0]
-    answer_of = lambda case: SimpleNamespace(u={"far": np.ones(2), "near": np.array([1.0, case])})
-    case, answer, redraws = retry_off_threshold(distances.__getitem__, answer_of)
-    assert (case, answer.u["near"][1], redraws) == (0.5, 0.5, 2)
-    with pytest.raises(RuntimeError, match="2 draws"):
-        retry_off_threshold(distances.__getitem__, answer_of, attempts=2)
+    near = [0.0, -9e-5, 1.50009, 0.5, 0.0]  # the third is next to the bound of a graded spike, 1 + u = 2.5
+    cases = [SimpleNamespace(u=u, cfg=SimpleNamespace(max_spike=2.5)) for u in near]
+    answer_of = lambda case: SimpleNamespace(u={"far": np.ones(2), "near": np.array([1.0, case.u])})
+    case, answer, redraws = retry_off_threshold(cases.__getitem__, answer_of)
+    assert (case.u, answer.u["near"][1], redraws) == (0.5, 0.5, 3)
+    with pytest.raises(RuntimeError, match="3 draws"):
+        retry_off_threshold(cases.__getitem__, answer_of, attempts=3)

@@ -123,11 +123,26 @@ void CpuModel::learn_tile(int index, int tile, float* scratch, bool accumulate) 
   if (!accumulate) std::fill_n(region.dbias + offset, kBlock, 0.0f);
   float* adjoints = scratch + rows_ * kBlock;
   const int64_t at = tile * slab();
-  kernels().adjoint_scan(
-      {streams_, tokens_, region.alpha + offset, region.rho + offset, region.a + offset, region.b + offset,
-       region.input_gain + offset, region.u + at, learning, rate_signal, has_resets_ ? resets_ : nullptr, adjoints,
-       adjoints + int64_t{streams_} * kBlock, region.delta + at, region.gated ? region.d + at : nullptr,
-       region.gated ? region.g + at : nullptr, region.dbias + offset, spec_.surrogate_k, spec_.graded});
+  kernels().adjoint_scan({streams_,
+                          tokens_,
+                          region.alpha + offset,
+                          region.rho + offset,
+                          region.a + offset,
+                          region.b + offset,
+                          region.input_gain + offset,
+                          region.u + at,
+                          learning,
+                          rate_signal,
+                          has_resets_ ? resets_ : nullptr,
+                          adjoints,
+                          adjoints + int64_t{streams_} * kBlock,
+                          region.delta + at,
+                          region.gated ? region.d + at : nullptr,
+                          region.gated ? region.g + at : nullptr,
+                          region.dbias + offset,
+                          spec_.surrogate_k,
+                          spec_.graded,
+                          spec_.max_spike});
 }
 
 // dW of one row of blocks of an embedding projection; its errors were summed per distinct token.

@@ -1,6 +1,7 @@
 // The brain, forward. Per region and token t (DESIGN section 3):
 //   d = bias + sum of drives,  G = 2 sigmoid(sum of gates),  I = G d + delayed
-//   v = alpha v - (1-alpha) w + sqrt(1-alpha^2) I - s,  u = v - 1,  s = H(u)(1+u),  w = rho w + (1-rho)(a v + b s)
+//   v = alpha v - (1-alpha) w + sqrt(1-alpha^2) I - s,  u = v - 1,  s = H(u) min(1+u, max_spike),  w = rho w +
+//   (1-rho)(a v + b s)
 // and o = kappa o + (1-kappa) r, broca = o / rms(o) for the readout r.
 //
 // Order of work: embedding products of all tokens at once, then one of two schedules.
@@ -188,7 +189,7 @@ void CpuModel::tick_region(int index, const Share& mine, int tile, int token) {
   kernels().neuron_tick({mine.streams, region.alpha + offset, region.rho + offset, region.a + offset, region.b + offset,
                          region.input_gain + offset, v, w, region.n, region.d + at,
                          region.gated ? region.g + at : nullptr, region.u + at, region.u + at, region.s + at,
-                         spec_.graded});
+                         spec_.graded, spec_.max_spike});
   for (int i = 0; train_dropout_ && i < mine.streams; ++i) {
     const int64_t from = at + int64_t{i} * kBlock;
     float mask[kBlock];

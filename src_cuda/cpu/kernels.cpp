@@ -10,10 +10,13 @@
 namespace neurogen::cpu {
 namespace {
 
-// s = H(u) * (1 + u) graded, H(u) binary.
-inline vec spike(vec u, bool graded) { return u > 0 ? (graded ? u + 1.0f : splat(1.0f)) : vec{}; }
+// s = H(u) * min(1 + u, largest) graded, H(u) binary.
+inline vec spike(vec u, bool graded, vec largest) {
+  return u > 0 ? (graded ? min(u + 1.0f, largest) : splat(1.0f)) : vec{};
+}
 
 void neuron_tick(const NeuronTick& p) {
+  const vec largest = splat(p.max_spike);
   for (int c = 0; c < 32; c += kLanes) {
     const vec alpha = load(p.alpha + c), rho = load(p.rho + c), a = load(p.a + c), b = load(p.b + c);
     const vec gain = load(p.input_gain + c);
@@ -24,9 +27,9 @@ void neuron_tick(const NeuronTick& p) {
       if (p.gate) input *= load(p.gate + at);
       input += load(p.delayed + at);
       const vec v_old = load(v_at), w_old = load(w_at);
-      const vec v = alpha * v_old - (1.0f - alpha) * w_old + gain * input - spike(v_old - 1.0f, p.graded);
+      const vec v = alpha * v_old - (1.0f - alpha) * w_old + gain * input - spike(v_old - 1.0f, p.graded, largest);
       const vec u = v - 1.0f;
-      const vec s = spike(u, p.graded);
+      const vec s = spike(u, p.graded, largest);
       store(v_at, v);
       store(w_at, rho * w_old + (1.0f - rho) * (a * v + b * s));
       store(p.u + at, u);
@@ -36,6 +39,7 @@ void neuron_tick(const NeuronTick& p) {
 }
 
 void adjoint_scan(const AdjointScan& p) {
+  const vec largest = splat(p.max_spike);
   for (int64_t i = 0; i < p.streams * 32; ++i) p.lv[i] = p.lw[i] = 0.0f;
   for (int c = 0; c < 32; c += kLanes) {
     const vec alpha = load(p.alpha + c), rho = load(p.rho + c), a = load(p.a + c), b = load(p.b + c);
@@ -50,7 +54,8 @@ void adjoint_scan(const AdjointScan& p) {
         const vec u = load(p.u + at);
         const vec slope = 1.0f + p.surrogate_k * abs(u);
         const vec psi = 1.0f / (slope * slope);
-        const vec ds_du = p.graded ? psi * (1.0f + max(u, vec{})) + (u > 0 ? splat(1.0f) : vec{}) : psi;
+        const vec rises = u > 0 ? (u + 1.0f < largest ? splat(1.0f) : vec{}) : vec{};
+        const vec ds_du = p.graded ? psi * min(1.0f + max(u, vec{}), largest) + rises : psi;
         const vec lw = rho * lw_next - (1.0f - alpha) * lv_next;
         const vec ls = load(p.learning + at) + (1.0f - rho) * b * lw;
         const vec lv = alpha * lv_next + (1.0f - rho) * a * lw + ls * ds_du + rate * psi;

@@ -84,6 +84,7 @@ struct NeuronTick {
   const float* delayed;  // delayed input, [S, 32]
   float *u, *s;          // out, [S, 32]
   bool graded;
+  float max_spike;
 };
 
 // The adjoint walk of one tile, t from T-1 down (DESIGN section 4).
@@ -102,6 +103,7 @@ struct AdjointScan {
   float* dbias;                                   // [32], += sum of dd
   float surrogate_k;
   bool graded;
+  float max_spike;
 };
 
 // One row of logits: adds the bias, finds the most probable token, and turns the row into

@@ -9,6 +9,7 @@
 // Rightmost index fastest. One block = 32 x 32 synapses, stored [dst in block, src in block].
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -43,6 +44,7 @@ struct ModelSpec {
   bool graded = true;
   bool tied = false;
   float surrogate_k = 1.0f;
+  float max_spike = INFINITY;  // largest graded spike
   float rate_target = 0.1f;
   float rate_weight = 0.5f;
   float dropout = 0.0f;

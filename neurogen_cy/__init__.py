@@ -1,5 +1,11 @@
 """neurogen_cy: spiking brain language models, trained by batched e-prop in native code."""
 
+import os as _os
+
+# Before libgomp loads: a thread that waits for another gives its core away after about 10 us instead of milliseconds.
+# Alone on the machine that costs nothing; beside other jobs it decides whether two threads are faster than one.
+_os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 from neurogen_cy._cpu import Brain, Decoder, TokenEmbedding
 from neurogen_cy._version import __version__
 from neurogen_cy.checkpoint import CheckpointError

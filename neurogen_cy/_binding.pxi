@@ -8,7 +8,7 @@ from numbers import Integral, Real
 import numpy as np
 
 from cython.operator cimport dereference as deref
-from libc.math cimport isfinite
+from libc.math cimport NAN, isfinite
 from libc.string cimport memcpy
 
 from neurogen_cy.threads import blas_at_one_thread
@@ -280,6 +280,7 @@ cdef class Engine:
             if updates:
                 step = _adam(adam)
             self.recorded_tokens = 0
+            self.stats.grad_norm = NAN  # stays so where the loss is not finite
             with blas_at_one_thread, nogil:
                 if updates:
                     deref(self.model).train(tokens, goal, step, call, &self.stats)
@@ -311,6 +312,7 @@ cdef class Engine:
         try:
             self.stage_call(ids[:, None], targets[:, None], None, (), &tokens)
             goal.ids = self.targets.data()
+            self.stats.grad_norm = NAN
             with blas_at_one_thread, nogil:
                 deref(self.model).learn_held(self.ids.data(), goal, step, &self.stats)
             return self.take_stats()

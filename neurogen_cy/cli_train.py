@@ -29,10 +29,8 @@ from neurogen_cy.presets import SIZES
 from neurogen_cy.train import BEST, LAST, Settings, Trainer
 
 STREAMS, TOKENS, SEED = 16, 64, 0
-WEIGHT_DECAY = (
-    0.5  # holds back the growth of recurrent loops, and generalises better (preset tiny: 0.15 bits)
-)
-SAMPLE_PROMPT, SAMPLE_BYTES, SAMPLE_TEMPERATURE = 64, 400, 0.7
+WEIGHT_DECAY = 0.5  # holds back the growth of recurrent loops, and generalises better (preset tiny: 0.15 bits)
+SAMPLE_BYTES, SAMPLE_TEMPERATURE = 400, 0.6
 
 
 @dataclass
@@ -122,7 +120,7 @@ def _conclude(run: Run, ngrams: dict[int, float]) -> None:
     trainer, model = run.trainer, run.trainer.model
     assert trainer.validation is not None  # every run ends with an evaluation
     click.echo("\n" + report.validation_table(f"{run.name}, step {model.step}", trainer.validation, ngrams))
-    prompt = run.validation[:SAMPLE_PROMPT]
+    prompt = report.sentence_of(run.validation)
     text = stream_text(model, prompt, SAMPLE_BYTES, temperature=SAMPLE_TEMPERATURE, seed=model.seed)
     click.echo(f"\nsample: {len(prompt)} bytes of the validation text | {SAMPLE_BYTES} bytes of its own\n")
     click.echo(prompt.decode("utf-8", "replace") + "|" + "".join(text))

@@ -22,6 +22,7 @@ from neurogen_cy.generation import MAX_COUNT, integer
 from neurogen_cy.optimizer import AdamW
 from neurogen_cy.threads import default_threads
 
+FLOAT_MAX = float(np.finfo(np.float32).max)
 MAX_THREADS = 1024
 """More than any machine has cores; far more than that would end the process inside the OpenMP runtime."""
 
@@ -266,7 +267,10 @@ class NeuroGen:
         """What the native code takes of the next update."""
         if lr is not None and (isinstance(lr, bool) or not isinstance(lr, Real)):
             raise TypeError(f"lr: expected a number, got {lr!r}")
-        return self.optimizer.arguments(self.step + 1, lr)
+        arguments = self.optimizer.arguments(self.step + 1, lr)
+        if arguments[0] > FLOAT_MAX * (1 - self.optimizer.beta1):
+            raise ValueError(f"lr: expected a step size within float32, got {arguments[0]!r}")
+        return arguments
 
     def train_step(self, ids: Any, targets: Any) -> StepResult:
         """The user's loop, token by token: copies, a decision on the host and an update for every single token.
@@ -378,7 +382,7 @@ class NeuroGen:
                 cut = [np.ascontiguousarray(values[part]) for values in inputs]
                 flags = cut[2] if len(cut) == 3 else None
                 total += float(self._engine.evaluate(state, cut[0], cut[1], flags, part[1].stop - begin))
-        return total / (shape[0] * shape[1])
+        return total / arrays[0].size
 
     def generate(
         self,

@@ -40,6 +40,12 @@ def model_text(name: str, config: Config, backend: str, streams: int, tokens: in
     )
 
 
+def sentence_of(text: bytes, window: int = 20_000, shortest: int = 40) -> bytes:
+    """Return the line near the beginning that is most like a sentence: the largest share of letters and spaces."""
+    lines = [line for line in text[:window].split(b"\n") if len(line) >= shortest] or [text[:shortest]]
+    return max(lines, key=lambda line: sum(chr(c).isalpha() or c == 32 for c in line.strip()) / len(line))
+
+
 def ngram_bits(training: bytes, validation: bytes) -> dict[int, float]:
     """Return `{order: bits per byte}` of the 3-, 4- and 5-gram; none for a text above `NGRAM_LIMIT`."""
     return baselines(training, validation) if len(training) <= NGRAM_LIMIT else {}

@@ -122,6 +122,7 @@ CALLS = {
     "normalize None": (backward(normalize=None), ValueError, "expected 'sum' or 'abs', got None"),
     "lr negative": (train(lr=-1.0), ValueError, r"expected a finite number >= 0, got -1\.0"),
     "lr NaN": (train(lr=np.nan), ValueError, "expected a finite number >= 0, got nan"),
+    "lr 1e39": (train(lr=1e39), ValueError, r"expected a step size within float32, got 1e\+39"),
     "lr str": (train(lr="1e-3"), TypeError, "expected a number, got '1e-3'"),
     "lr infinite in optimizer_step": (lambda m: m.optimizer_step(lr=np.inf), ValueError, "expected a finite .*inf"),
     "lr list in optimizer_step": (lambda m: m.optimizer_step(lr=[1]), TypeError, r"expected a number, got \[1\]"),

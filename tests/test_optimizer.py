@@ -37,7 +37,8 @@ def tolerances(optimizer, lr, step, parameter, gradient, old_m, moments):
     """What float32 may cost one step, to first order: of the parameter and of both moments.
 
     beta is rounded, which costs 1 - beta a relative UNIT / (1 - beta); every product, sum, root and quotient costs
-    a UNIT of its result. Sums may cancel, so their errors count against their terms.
+    a UNIT of its result. Sums may cancel, so their errors count against their terms. The parameter is rounded three
+    times: in the factor of its decay, in the product with it and in the difference.
     """
     m, v = moments
     beta1, beta2 = optimizer.beta1, optimizer.beta2
@@ -45,7 +46,7 @@ def tolerances(optimizer, lr, step, parameter, gradient, old_m, moments):
     share_of_v = UNIT * (6 + 1 / (1 - beta2))
     slope = lr / (1 - beta1**step) / (np.sqrt(v / (1 - beta2**step)) + optimizer.eps)  # of the step by m
     of_step = slope * (of_m + np.abs(m) * (share_of_v / 2 + 6 * UNIT))
-    return 2 * UNIT * np.abs(parameter) + of_step, of_m, share_of_v * v
+    return 3 * UNIT * np.abs(parameter) + of_step, of_m, share_of_v * v
 
 
 def arrays(views):

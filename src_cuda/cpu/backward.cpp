@@ -19,9 +19,9 @@ void CpuModel::learn(bool accumulate) {
 #pragma omp parallel num_threads(workers(rows_* weights_))
   {
     float* scratch = tile_scratch_ + omp_get_thread_num() * tile_scratch_stride_;
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, 64)
     for (int64_t row = 0; row < rows_; ++row) unnormalize_row(row);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
     for (int tile = 0; tile < dim_tiles; ++tile) readout_error(tile, scratch);
     for (auto index = sequence_.rbegin(); index != sequence_.rend(); ++index) {
 #pragma omp for schedule(dynamic)
@@ -36,7 +36,7 @@ void CpuModel::learn(bool accumulate) {
 #pragma omp barrier
     for (const Projection& p : projections_) {
       if (p.spec->src != kFromEmbedding) continue;
-#pragma omp for schedule(static) nowait
+#pragma omp for schedule(dynamic) nowait
       for (int row = 0; row < p.rows; ++row) segment(error_of(p) + row * slab(), scratch);
     }
 #pragma omp barrier
@@ -45,7 +45,7 @@ void CpuModel::learn(bool accumulate) {
 #pragma omp for schedule(dynamic) nowait
       for (int row = 0; row < p.rows; ++row) embedding_weights(p, row, accumulate);
     }
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
     for (int tile = 0; tile < dim_tiles; ++tile) embedding_gradient(tile);
   }
 }

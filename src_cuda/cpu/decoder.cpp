@@ -63,9 +63,9 @@ void CpuModel::score(bool want_gradient, bool accumulate) {
     const bool add = accumulate || first > 0;
 #pragma omp parallel num_threads(workers(rows_* weights_))
     {
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
       for (int slice = 0; slice < slices; ++slice) logits_slice(broca_ + first * spec_.dim, rows, slice, logits_);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, 16)
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t row = first + i;
         const float scale = divisor_ > 0 ? static_cast<float>(target_weights_[row] / divisor_) : 0.0f;
@@ -109,7 +109,7 @@ void CpuModel::logits(const float* broca, int64_t rows, float* out) {
   {
 #pragma omp for schedule(static)
     for (int slice = 0; slice < slices; ++slice) logits_slice(broca, rows, slice, out);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, 64)
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t i = 0; i < spec_.vocab; ++i) out[row * spec_.vocab + i] += decoder_bias_[i];
     }

@@ -5,7 +5,7 @@
 // and o = kappa o + (1-kappa) r, broca = o / rms(o) for the readout r.
 //
 // Order of work: embedding products of all tokens at once, then one of two schedules.
-//   As many streams as threads, or a small brain: each thread takes a group of streams and runs, a chunk of tokens at a
+//   As many streams as threads, or a small brain: a thread takes a group of streams and runs, a chunk of tokens at a
 //   time, the regions from the lowest level up, each over the whole chunk. A chunk is no longer than the shortest
 //   feedback delay, so everything a region reads is there, and weights are reused while they are in the cache. Threads
 //   do not meet. Few streams of a large brain: a wavefront. At tick k the regions of level l work on token k - l, all
@@ -25,13 +25,14 @@
 namespace neurogen::cpu {
 namespace {
 
-constexpr int kChunkRows = 256;     // rows of a chunk: a region's slice of it stays in the L2 cache
-constexpr int kTeamNeurons = 8192;  // a smaller brain's tick is too short to be worth a barrier
+constexpr int kChunkRows = 256;      // rows of a chunk: a region's slice of it stays in the L2 cache
+constexpr int kTeamNeurons = 8192;   // a smaller brain's tick is too short to be worth a barrier
+constexpr int kGroupsPerThread = 2;  // groups of streams: a thread that is held up leaves some to the others
 constexpr double kRmsEpsilon = 1e-5;
 
 }  // namespace
 
-// What one thread does in the token loop: some streams of every tile, or every stream of some tiles.
+// A piece of work in the token loop: some streams of every tile, or every stream of some tiles.
 struct CpuModel::Share {
   int first_stream, streams;
   int rank, team;  // tiles [n*rank/team, n*(rank+1)/team) of each region
@@ -39,31 +40,21 @@ struct CpuModel::Share {
   int last_tile(int tiles) const { return tiles * (rank + 1) / team; }
 };
 
-CpuModel::Share CpuModel::share(int thread, int threads) const {
-  if (streams_ < threads && neurons_ >= kTeamNeurons) return {0, streams_, thread, threads};
-  const int groups = std::min(streams_, threads), group = std::min(thread, groups);
-  const int first = streams_ * group / groups;
-  return {first, thread < groups ? streams_ * (group + 1) / groups - first : 0, 0, 1};
-}
-
 void CpuModel::forward() {
   refresh_derived();
   const int chunk = std::min({chunk_limit_, tokens_, std::max(1, kChunkRows / streams_)});
-  const int readout_tiles = spec_.dim / kBlock;
+  const int readout_tiles = spec_.dim / kBlock, groups = std::min(streams_, kGroupsPerThread * threads_);
+  const bool together = streams_ < threads_ && neurons_ >= kTeamNeurons;
 #pragma omp parallel num_threads(workers(rows_* weights_))
   {
     float* scratch = tile_scratch_ + omp_get_thread_num() * tile_scratch_stride_;
     for (Region& region : regions_) {
-#pragma omp for schedule(static) nowait
+#pragma omp for schedule(dynamic) nowait
       for (int tile = 0; tile < region.tiles; ++tile) embed_region(region, tile, scratch);
     }
 #pragma omp barrier
-    const Share mine = share(omp_get_thread_num(), omp_get_num_threads());
-    if (mine.team == 1) {
-      for (int first = 0; mine.streams > 0 && first < tokens_; first += chunk) {
-        for (int index : sequence_) run_region(index, mine, first, std::min(chunk, tokens_ - first));
-      }
-    } else {
+    if (together) {
+      const Share mine{0, streams_, omp_get_thread_num(), omp_get_num_threads()};
       for (int tick = 0; tick < tokens_ + ranks_ - 1; ++tick) {
         for (int index : sequence_) {
           const int token = tick - regions_[index].rank;
@@ -71,11 +62,19 @@ void CpuModel::forward() {
         }
 #pragma omp barrier
       }
+    } else {
+#pragma omp for schedule(dynamic)
+      for (int group = 0; group < groups; ++group) {
+        const int stream = streams_ * group / groups;
+        const Share mine{stream, streams_ * (group + 1) / groups - stream, 0, 1};
+        for (int first = 0; first < tokens_; first += chunk) {
+          for (int index : sequence_) run_region(index, mine, first, std::min(chunk, tokens_ - first));
+        }
+      }
     }
-#pragma omp barrier
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
     for (int tile = 0; tile < readout_tiles; ++tile) read_out(tile, scratch);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, 64)
     for (int64_t row = 0; row < rows_; ++row) {
       inverse_rms_[row] = normalize(o_ + row * spec_.dim, broca_ + row * spec_.dim);
     }

@@ -106,7 +106,6 @@ class CpuModel final : public Model {
   void embed_region(Region& region, int tile, float* table);
   struct Share;
   void run_region(int index, const Share& mine, int first, int count);
-  Share share(int thread, int threads) const;
   void feed_region(Region& region, const Share& mine, int begin, int end, int first, int count);
   void tick_region(int index, const Share& mine, int tile, int token);
   void add_spikes(const Projection& p, int begin, int end, const Source& source, int64_t rows, const Sink& out) const;

@@ -29,7 +29,7 @@ void CpuModel::for_pieces(Body body) {
   for (Tensor& tensor : tensors_) {
     if (!tensor.gradient) continue;
     if (tensor.data == embedding_ && !spec_.tied) {
-#pragma omp for schedule(static) nowait
+#pragma omp for schedule(dynamic, 16) nowait
       for (int64_t i = 0; i < touched_count_; ++i) {
         body(tensor, int64_t{touched_rows_[i]} * spec_.dim, int64_t{spec_.dim}, number + i);
       }
@@ -37,7 +37,7 @@ void CpuModel::for_pieces(Body body) {
       continue;
     }
     const int64_t size = tensor.size(), pieces = (size + kUpdatePiece - 1) / kUpdatePiece;
-#pragma omp for schedule(static) nowait
+#pragma omp for schedule(dynamic) nowait
     for (int64_t i = 0; i < pieces; ++i) {
       body(tensor, i * kUpdatePiece, std::min(kUpdatePiece, size - i * kUpdatePiece), number + i);
     }

@@ -10,8 +10,10 @@ from neurogen_cy._cpu import Brain, Decoder, TokenEmbedding
 from neurogen_cy._version import __version__
 from neurogen_cy.checkpoint import CheckpointError
 from neurogen_cy.config import Config, Projection, Region
-from neurogen_cy.model import NeuroGen, StepResult, memory_plan
+from neurogen_cy.model import NeuroGen
 from neurogen_cy.optimizer import AdamW
+from neurogen_cy.results import StepResult
+from neurogen_cy.sizes import memory_plan
 
 __all__ = [
     "AdamW",

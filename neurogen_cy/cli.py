@@ -25,8 +25,9 @@ from neurogen_cy.cli_common import (
 from neurogen_cy.cli_train import STREAMS, TOKENS, train
 from neurogen_cy.config import Config
 from neurogen_cy.data import evaluation_streams, split
-from neurogen_cy.model import NeuroGen, memory_plan
+from neurogen_cy.model import NeuroGen
 from neurogen_cy.presets import SIZES
+from neurogen_cy.sizes import memory_plan
 from neurogen_cy.train import BEST
 
 

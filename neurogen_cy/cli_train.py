@@ -92,7 +92,7 @@ def train(**options: Any) -> None:
     bar = report.ProgressBar(model.config, model.step, steps)
     try:
         stop = trainer.run(bar.show)
-    except (OSError, FloatingPointError) as error:
+    except (OSError, ArithmeticError) as error:  # disk full; a loss or state that is not finite
         kept = f"the newest checkpoint is {saved}" if is_checkpoint(saved) else "no checkpoint was saved yet"
         raise click.ClickException(f"{error} ({kept})") from error
     finally:

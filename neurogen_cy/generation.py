@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from neurogen_cy.sizes import integer
+
 if TYPE_CHECKING:
     from neurogen_cy.model import NeuroGen
 
@@ -17,17 +19,6 @@ FINISHED = -1
 """What a stream yields after one of its stop ids."""
 
 INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
-MAX_COUNT = 2**31 - 1
-
-
-def integer(name: str, value: Any, most: int = MAX_COUNT) -> int:
-    """A checked count."""
-    expected = f"{name}: expected an integer in 1..{most}, got {value!r}"
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(expected)
-    if not 1 <= value <= most:
-        raise ValueError(expected)
-    return int(value)
 
 
 def as_prompts(prompts: Any, vocab: int, host_array: Callable[..., NDArray[Any]]) -> list[NDArray[np.int32]]:

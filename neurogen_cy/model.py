@@ -6,73 +6,22 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from numbers import Real
 from typing import Any
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
 from neurogen_cy import backend as backends
-from neurogen_cy import generation, persistence
+from neurogen_cy import evaluation, generation, persistence, token_loop
 from neurogen_cy.config import Config
 from neurogen_cy.connectome import initial_parameters
-from neurogen_cy.generation import MAX_COUNT, integer
 from neurogen_cy.optimizer import AdamW
-from neurogen_cy.threads import default_threads
+from neurogen_cy.results import StepResult
+from neurogen_cy.sizes import check_memory, model_sizes
 
 FLOAT_MAX = float(np.finfo(np.float32).max)
-MAX_THREADS = 1024
-"""More than any machine has cores; far more than that would end the process inside the OpenMP runtime."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What a training call did.
-
-    Attributes
-    ----------
-    loss : float
-        Weighted cross-entropy in nats, without homeostasis.
-    homeostasis : float
-        The firing-rate term; gradients are of the sum of both.
-    accuracy : float
-        Share of tokens of non-zero weight whose most probable prediction was the target (0 where there are none).
-    tokens : int
-        Tokens of non-zero weight.
-    grad_norm : float or None
-        Global gradient norm before clipping; None from `backward_batch`.
-    rates : dict of str to float
-        Mean firing rate of each region, spikes per neuron and token.
-    predictions : int32 array [B, T] or None
-        What was passed as `predictions_out`, filled.
-    """
-
-    loss: float
-    homeostasis: float
-    accuracy: float
-    tokens: int
-    grad_norm: float | None
-    rates: dict[str, float]
-    predictions: Any = None
-
-
-def memory_plan(
-    cfg: Config, streams: int = 1, max_tokens: int = 128, backend: str = "auto", threads: int | None = None
-) -> dict[str, int]:
-    """Bytes by part that a model would allocate; nothing is allocated."""
-    module = backends.load(backend)[1]
-    return dict(module.memory_plan(cfg, *_sizes(streams, max_tokens, threads)))
-
-
-def _sizes(streams: Any, max_tokens: Any, threads: Any) -> tuple[int, int, int]:
-    """The three, checked: rows of a call are numbered in 32 bits."""
-    streams, max_tokens = integer("streams", streams), integer("max_tokens", max_tokens)
-    if streams * max_tokens > MAX_COUNT:
-        raise ValueError(f"streams * max_tokens: expected at most {MAX_COUNT}, got {streams * max_tokens}")
-    threads = default_threads() if threads is None else integer("threads", threads, most=MAX_THREADS)
-    return streams, max_tokens, threads
 
 
 def _choice(name: str, value: Any, *choices: Any) -> Any:
@@ -142,12 +91,12 @@ class NeuroGen:
         self.backend, self._module = backends.load(backend)
         self.config = config
         self.device = _choice("device", device, 0)
-        self.streams, self.max_tokens, self.threads = _sizes(streams, max_tokens, threads)
+        self.streams, self.max_tokens, self.threads = model_sizes(streams, max_tokens, threads)
         self.precision = _choice("precision", precision, None, "fp32") or "fp32"
         self.optimizer = AdamW() if optimizer is None else optimizer
         self.sync = _choice("sync", sync, "block", "spin")
         self.nonfinite = _choice("nonfinite", nonfinite, "raise", "skip")
-        self._check_memory()
+        check_memory(self._module, config, self.streams, self.max_tokens, self.threads)
         values = initial_parameters(config, seed) if _parameters is None else dict(_parameters)
         self.seed = int(seed)
         topology = {
@@ -176,16 +125,6 @@ class NeuroGen:
             yield
         finally:
             self._lock.release()
-
-    def _check_memory(self) -> None:
-        plan = self._module.memory_plan(self.config, self.streams, self.max_tokens, self.threads)
-        total, free = sum(plan.values()), psutil.virtual_memory().available
-        if total > free:
-            table = "\n".join(f"  {part:<22}{size / 2**20:12,.1f} MiB" for part, size in plan.items())
-            raise MemoryError(
-                f"this model needs {total / 2**20:,.1f} MiB at streams={self.streams}, max_tokens={self.max_tokens}, "
-                f"and {free / 2**20:,.1f} MiB are free:\n{table}"
-            )
 
     # ---- learning ----------------------------------------------------------------------------------------------
 
@@ -268,7 +207,7 @@ class NeuroGen:
         if lr is not None and (isinstance(lr, bool) or not isinstance(lr, Real)):
             raise TypeError(f"lr: expected a number, got {lr!r}")
         arguments = self.optimizer.arguments(self.step + 1, lr)
-        if arguments[0] > FLOAT_MAX * (1 - self.optimizer.beta1):
+        if arguments[0] > FLOAT_MAX * (1 - self.optimizer.betas[0]):
             raise ValueError(f"lr: expected a step size within float32, got {arguments[0]!r}")
         return arguments
 
@@ -276,46 +215,9 @@ class NeuroGen:
         """The user's loop, token by token: copies, a decision on the host and an update for every single token.
 
         Kept to be measured against `train_step_batch`; it learns, with T = 1 (no credit through time). Dropout is
-        not applied.
+        not applied. Every token is an update of its own: a non-finite one keeps those before it.
         """
-        ids, targets = self._columns(ids, "ids"), self._columns(targets, "targets")
-        if ids.shape != targets.shape:
-            raise ValueError(f"targets: expected shape {ids.shape}, got {targets.shape}")
-        with self._alone():
-            steps = zip(ids.T.copy(), targets.T.copy())
-            results = [self._token_step(now, wanted) for now, wanted in steps]
-
-        def mean(name: str) -> float:
-            return float(np.mean([getattr(result, name) for result in results]))
-
-        rates = {name: float(np.mean([result.rates[name] for result in results])) for name in results[0].rates}
-        return StepResult(mean("loss"), mean("homeostasis"), mean("accuracy"), ids.size, mean("grad_norm"), rates)
-
-    def _columns(self, tokens: Any, name: str) -> NDArray[Any]:
-        array = self._tokens(tokens, name)
-        array = array[None] if array.ndim == 1 and self.streams == 1 else array
-        if array.ndim != 2 or array.shape[0] != self.streams or array.shape[1] == 0:
-            raise ValueError(f"{name}: expected shape [{self.streams}, T], got {array.shape}")
-        return array
-
-    def _tokens(self, tokens: Any, name: str) -> NDArray[Any]:
-        """Token ids as a NumPy array of the same memory, of any shape, each in the vocabulary."""
-        array: NDArray[Any] = self._module.host_array(tokens, name, ("int32", "int64"))
-        bad = np.argwhere((array < 0) | (array >= self.config.vocab_size))
-        if len(bad):
-            where = ", ".join(str(index) for index in bad[0])
-            raise IndexError(f"{name}[{where}]: expected a token id in 0..{self.config.vocab_size - 1}, got "
-                             f"{array[tuple(bad[0])]}")
-        return array
-
-    def _token_step(self, ids: NDArray[Any], targets: NDArray[Any]) -> StepResult:
-        self.brain.step(self.embedding.encode(ids), hold=True)
-        said = np.empty(self.streams, np.int32)
-        self.decoder.sample_into(self.brain.broca_output(), said, greedy=True)
-        result, finite = self._result(self._engine.learn_held(ids, targets, self._update()))
-        self._guard(finite, f"loss {result.loss}, gradient norm {result.grad_norm}")
-        self.step += finite
-        return result
+        return token_loop.train_step(self, ids, targets)
 
     def _train(
         self, ids: Any, targets: Any, weights: Any, resets: Any, normalize: str, divisor: float | None,
@@ -343,8 +245,8 @@ class NeuroGen:
             return
         if self.nonfinite == "raise":
             raise FloatingPointError(
-                f"step {self.step + 1}: expected a finite loss and gradient, got {what}; weights, moments and neuron "
-                "state are unchanged"
+                f"step {self.step + 1}: expected a finite loss, gradient and neuron state, got {what}; weights, "
+                "moments and neuron state are unchanged"
             )
         self.skipped += 1
 
@@ -360,29 +262,7 @@ class NeuroGen:
 
         The model's own state is not touched.
         """
-        arrays = [self._tokens(ids, "ids"), self._tokens(targets, "targets")]
-        if resets is not None:
-            arrays.append(self._module.host_array(resets, "resets", ("bool", "uint8")))
-        if arrays[0].ndim not in (1, 2) or arrays[0].size == 0:
-            raise ValueError(f"ids: expected shape [S, L] or [L] with at least one token, got {arrays[0].shape}")
-        for name, values in zip(("targets", "resets"), arrays[1:]):
-            if values.shape != arrays[0].shape:
-                raise ValueError(f"{name}: expected shape {arrays[0].shape}, got {values.shape}")
-        inputs = [np.atleast_2d(values) for values in arrays]
-        shape = inputs[0].shape
-        rows = self.streams * self.max_tokens
-        total = 0.0
-        for first in range(0, shape[0], rows):
-            group = slice(first, min(first + rows, shape[0]))
-            streams = group.stop - group.start
-            window = rows // streams
-            state = self._engine.new_state(streams)
-            for begin in range(0, shape[1], window):
-                part = (group, slice(begin, min(begin + window, shape[1])))
-                cut = [np.ascontiguousarray(values[part]) for values in inputs]
-                flags = cut[2] if len(cut) == 3 else None
-                total += float(self._engine.evaluate(state, cut[0], cut[1], flags, part[1].stop - begin))
-        return total / arrays[0].size
+        return evaluation.evaluate(self, ids, targets, resets)
 
     def generate(
         self,

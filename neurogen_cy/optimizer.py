@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+def _number(name: str, value: Any, below: float = math.inf) -> float:
+    """The value as a float: TypeError where it is no number, ValueError outside 0 <= value < below."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    if not 0 <= value < below:
+        limit = "a finite number >= 0" if below == math.inf else f"a number in [0, {below:g})"
+        raise ValueError(f"{name}: expected {limit}, got {value!r}")
+    return float(value)
 
 
 @dataclass(frozen=True)
@@ -17,38 +30,36 @@ class AdamW:
     ----------
     lr : float
         Learning rate; each call may bring its own. Schedules live in Python.
-    beta1, beta2 : float in [0, 1)
+    betas : pair of float in [0, 1)
         Decay of the first and second moment.
     eps : float > 0
     weight_decay : float >= 0
         Decoupled: weights shrink by lr * weight_decay a step.
     clip : float >= 0
         Largest global gradient norm; 0 = no clipping.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a field that is no number or out of its range.
     """
 
     lr: float = 2e-3
-    beta1: float = 0.9
-    beta2: float = 0.98
+    betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{field.name}: expected a number, got {value!r}")
-            if not math.isfinite(value) or value < 0:
-                raise ValueError(f"{field.name}: expected a finite number >= 0, got {value!r}")
-        for name in ("beta1", "beta2"):
-            if getattr(self, name) >= 1:
-                raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(self, name)!r}")
-        if self.eps == 0:
+        if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
+            raise TypeError(f"betas: expected a pair of numbers, got {self.betas!r}")
+        values = {name: _number(name, getattr(self, name)) for name in ("lr", "eps", "weight_decay", "clip")}
+        if values["eps"] == 0:
             raise ValueError("eps: expected a number > 0, got 0")
+        betas = tuple(_number(f"betas[{i}]", beta, below=1) for i, beta in enumerate(self.betas))
+        self.__dict__.update(values, betas=betas)
 
-    def arguments(self, step: int, lr: float | None = None) -> tuple[float, float, float, float, float, float, int]:
+    def arguments(self, step: int, lr: Any = None) -> tuple[float, float, float, float, float, float, int]:
         """What the native update takes; `step` is its 1-based number, `lr` replaces the setting."""
-        rate = self.lr if lr is None else float(lr)
-        if not math.isfinite(rate) or rate < 0:
-            raise ValueError(f"lr: expected a finite number >= 0, got {lr!r}")
-        return rate, self.beta1, self.beta2, self.eps, self.weight_decay, self.clip, step
+        rate = self.lr if lr is None else _number("lr", lr)
+        return rate, *self.betas, self.eps, self.weight_decay, self.clip, step

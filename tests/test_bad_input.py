@@ -222,7 +222,7 @@ MODELS = {
     "streams of memory_plan": (lambda: ng.memory_plan(CONFIG, "2"), TypeError, "expected an integer .*, got '2'"),
     "lr of AdamW": (lambda: ng.AdamW(lr="1"), TypeError, "expected a number, got '1'"),
     "eps of AdamW": (lambda: ng.AdamW(eps=0), ValueError, "expected a number > 0, got 0"),
-    "beta2 of AdamW": (lambda: ng.AdamW(beta2=1.0), ValueError, r"expected a number in \[0, 1\), got 1\.0"),
+    "betas of AdamW": (lambda: ng.AdamW(betas=(0.9, 1.0)), ValueError, r"betas\[1\]: expected a number in \[0, 1\)"),
     "clip of AdamW": (lambda: ng.AdamW(clip=np.nan), ValueError, "expected a finite number >= 0, got nan"),
 }
 

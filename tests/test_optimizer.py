@@ -41,7 +41,7 @@ def tolerances(optimizer, lr, step, parameter, gradient, old_m, moments):
     times: in the factor of its decay, in the product with it and in the difference.
     """
     m, v = moments
-    beta1, beta2 = optimizer.beta1, optimizer.beta2
+    beta1, beta2 = optimizer.betas
     of_m = UNIT * (4 * beta1 * np.abs(old_m) + (4 + 1 / (1 - beta1)) * (1 - beta1) * np.abs(gradient))
     share_of_v = UNIT * (6 + 1 / (1 - beta2))
     slope = lr / (1 - beta1**step) / (np.sqrt(v / (1 - beta2**step)) + optimizer.eps)  # of the step by m
@@ -63,7 +63,7 @@ def check_step(m, optimizer, step, heard, update, lr=None):
     gradients, before = arrays(m.gradients()), arrays(m.parameters())
     moments = moments_of(m)
     expected, expected_moments, norm = reference.adamw(
-        before, gradients, moments, step, lr=lr, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.eps,
+        before, gradients, moments, step, lr=lr, betas=optimizer.betas, eps=optimizer.eps,
         weight_decay=optimizer.weight_decay, clip=optimizer.clip or None, touched=np.unique(heard),
     )  # fmt: skip
     assert update() == pytest.approx(norm, rel=1e-6)
@@ -87,8 +87,8 @@ def check_step(m, optimizer, step, heard, update, lr=None):
     "optimizer",
     [
         ng.AdamW(clip=0),
-        ng.AdamW(lr=1e-2, beta1=0.8, beta2=0.999, weight_decay=0.1, clip=0.5),
-        ng.AdamW(beta1=0.0, beta2=0.5, eps=1e-3, weight_decay=0.01, clip=1e6),
+        ng.AdamW(lr=1e-2, betas=(0.8, 0.999), weight_decay=0.1, clip=0.5),
+        ng.AdamW(betas=(0.0, 0.5), eps=1e-3, weight_decay=0.01, clip=1e6),
     ],
     ids=["no clip", "clip and decay", "clip inactive, large eps"],
 )

@@ -21,7 +21,9 @@ double uniform(const Sampling& sampling, int64_t row) {
 }  // namespace
 
 int32_t draw_token(const float* logits, int64_t vocab, const Sampling& sampling, int64_t row, int32_t* scratch) {
-  const auto before = [&](int32_t x, int32_t y) { return logits[x] != logits[y] ? logits[x] > logits[y] : x < y; };
+  // NaN counts as impossible; it must not reach a sort, which needs an order.
+  const auto value = [&](int32_t id) { return logits[id] == logits[id] ? logits[id] : -INFINITY; };
+  const auto before = [&](int32_t x, int32_t y) { return value(x) != value(y) ? value(x) > value(y) : x < y; };
   int32_t best = 0;
   for (int32_t id = 1; id < vocab; ++id) {
     if (before(id, best)) best = id;
@@ -29,7 +31,7 @@ int32_t draw_token(const float* logits, int64_t vocab, const Sampling& sampling,
   if (sampling.greedy) return best;
 
   const auto mass = [&](int32_t id) {
-    return std::exp((static_cast<double>(logits[id]) - logits[best]) / sampling.temperature);
+    return id == best ? 1.0 : std::exp((static_cast<double>(value(id)) - value(best)) / sampling.temperature);
   };
   int64_t kept = sampling.top_k > 0 ? std::min<int64_t>(sampling.top_k, vocab) : vocab;
   std::iota(scratch, scratch + vocab, 0);

@@ -8,15 +8,18 @@
 namespace neurogen::cpu {
 
 // Loss and gradients of the forward pass that was just made.
+// A non-finite loss or state is found before any gradient is written: what was accumulated before stays.
 void CpuModel::score_and_learn(const Targets& targets, bool accumulate, StepStats* stats) {
   stage_targets(targets);
-  score(true, accumulate);
+  const bool finite =
+      staged_finite() && (rows_ <= logit_rows_ || !accumulate || score(false, false)) && score(true, accumulate);
 #pragma omp parallel num_threads(workers(rows_* weights_))
   for (Region& region : regions_) {
 #pragma omp for schedule(static) nowait
     for (int tile = 0; tile < region.tiles; ++tile) count_spikes(region, tile);
   }
   summarize(targets, stats);
+  stats->finite = stats->finite && finite;
   if (stats->finite) learn(accumulate);
 }
 
@@ -44,11 +47,16 @@ void CpuModel::backward(const Tokens& tokens, const Targets& targets, uint64_t c
   if (stats->finite) commit();
 }
 
+void CpuModel::commit_finite() {
+  if (!staged_finite()) throw std::overflow_error("neuron state: expected finite values, got NaN or infinity");
+  commit();
+}
+
 void CpuModel::step(const float* x, bool hold) {
   stage(*state_, spec_.streams, 1, nullptr);
   stage_rows(x);
   forward();
-  if (!hold) commit();
+  if (!hold) commit_finite();
   held_ = hold;
 }
 
@@ -65,7 +73,7 @@ void CpuModel::advance(State& state, const Tokens& tokens, float* broca) {
   stage(static_cast<CpuState&>(state), tokens.streams, tokens.tokens, tokens.resets);
   stage_ids(tokens.ids);
   forward();
-  commit();
+  commit_finite();
   if (broca) {
     std::memcpy(broca, broca_ + (rows_ - streams_) * spec_.dim, sizeof(float) * streams_ * spec_.dim);
   }
@@ -79,7 +87,7 @@ double CpuModel::evaluate(State& state, const Tokens& tokens, const int32_t* tar
   stage_targets(plain);
   forward();
   score(false, false);
-  commit();
+  commit_finite();
   double total = 0;
   for (int64_t row = 0; row < rows_; ++row) total += row_loss_[row];
   return total;

@@ -55,12 +55,14 @@ void CpuModel::broca_gradient_slice(int64_t first, int64_t rows, int slice) {
        d_broca_ + first * spec_.dim + begin, spec_.dim);
 }
 
-// Cross-entropy of every row of the call; with the gradient: dE/d broca, dW and dc.
-void CpuModel::score(bool want_gradient, bool accumulate) {
+// Cross-entropy of every row of the call; with the gradient: dE/d broca, dW and dc. Stops, and says false, at a chunk
+// of rows with a non-finite loss that counts, before that chunk's gradient is written.
+bool CpuModel::score(bool want_gradient, bool accumulate) {
   const int slices = vocab_slices(), dim_slices = static_cast<int>((spec_.dim + dim_slice_ - 1) / dim_slice_);
   for (int64_t first = 0; first < rows_; first += logit_rows_) {
     const int64_t rows = std::min(logit_rows_, rows_ - first);
     const bool add = accumulate || first > 0;
+    bool finite = true;
 #pragma omp parallel num_threads(workers(rows_* weights_))
     {
 #pragma omp for schedule(dynamic)
@@ -75,14 +77,25 @@ void CpuModel::score(bool want_gradient, bool accumulate) {
         row_loss_[row] = job.loss;
         row_best_[row] = job.best;
       }
-      if (want_gradient) {
+#pragma omp single
+      finite = losses_finite(first, rows);
+      if (want_gradient && finite) {
 #pragma omp for schedule(dynamic) nowait
         for (int slice = 0; slice < dim_slices; ++slice) broca_gradient_slice(first, rows, slice);
 #pragma omp for schedule(dynamic)
         for (int slice = 0; slice < slices; ++slice) decoder_gradient_slice(first, rows, slice, add);
       }
     }
+    if (!finite) return false;
   }
+  return true;
+}
+
+bool CpuModel::losses_finite(int64_t first, int64_t rows) const {
+  for (int64_t row = first; row < first + rows; ++row) {
+    if (target_weights_[row] != 0.0f && !std::isfinite(row_loss_[row])) return false;
+  }
+  return true;
 }
 
 // Loss, accuracy and predictions from what score() left behind.

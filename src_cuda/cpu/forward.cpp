@@ -264,6 +264,16 @@ void CpuModel::recorded(int index, float* u, float* s) const {
   copy_rows(region, region.s, 0, rows_, s);
 }
 
+// Whether the state that the call leaves is fit to be kept: no NaN, no infinity, nothing above 1e19.
+bool CpuModel::staged_finite() const {
+  double squares = kernels().sum_of_squares(o_ + (rows_ - streams_) * spec_.dim, int64_t{streams_} * spec_.dim);
+  for (const Region& region : regions_) {
+    squares += kernels().sum_of_squares(region.v, int64_t{streams_} * region.n);
+    squares += kernels().sum_of_squares(region.w, int64_t{streams_} * region.n);
+  }
+  return std::isfinite(squares);
+}
+
 // The staged state becomes the state of the call's streams.
 void CpuModel::commit() {
   for (size_t r = 0; r < regions_.size(); ++r) {

@@ -114,6 +114,7 @@ class CpuModel final : public Model {
   void read_out(int tile, float* table);
   float normalize(const float* o, float* broca) const;
   void copy_rows(const Region& region, const float* array, int64_t row, int64_t count, float* out) const;
+  bool staged_finite() const;
   void commit();
   int64_t slab() const { return rows_ * kBlock; }  // one tile of a region in all rows of the call
   // Spikes as delay-0 receivers and the readout see them: through the dropout mask.
@@ -128,7 +129,8 @@ class CpuModel final : public Model {
   void logits_slice(const float* broca, int64_t rows, int slice, float* out);
   void decoder_gradient_slice(int64_t first, int64_t rows, int slice, bool add);
   void broca_gradient_slice(int64_t first, int64_t rows, int slice);
-  void score(bool want_gradient, bool accumulate);
+  bool score(bool want_gradient, bool accumulate);
+  bool losses_finite(int64_t first, int64_t rows) const;
   void summarize(const Targets& targets, StepStats* stats);
 
   // backward.cpp
@@ -153,6 +155,7 @@ class CpuModel final : public Model {
 
   // calls.cpp
   void run(const Targets& targets, uint64_t call, bool accumulate, StepStats* stats);
+  void commit_finite();
   void score_and_learn(const Targets& targets, bool accumulate, StepStats* stats);
 
   ModelSpec spec_;

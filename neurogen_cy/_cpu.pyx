@@ -5,7 +5,7 @@
 from scipy.linalg.cython_blas cimport sgemm
 
 from neurogen_cy._neurogen cimport (
-    CAdamW, Counters, MemoryPlan, Model, ModelSpec, Normalize, ProjectionSpec, RegionSpec, Sgemm, State,
+    CAdamW, Counters, MemoryPlan, Model, ModelSpec, Normalize, ProjectionSpec, RegionSpec, Sgemm,
     StepStats, Targets, Tensor, Tokens, cpu_instruction_set, cpu_memory_plan, int32_t, int64_t, make_cpu_model,
     uint8_t, uint64_t, unique_ptr, vector,
 )

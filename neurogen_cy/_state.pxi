@@ -1,5 +1,7 @@
 # Neuron state as arrays, and the checks of arrays that are copied into a model.
 
+from neurogen_cy._neurogen cimport State
+
 
 cdef class NeuronState:
     """Neuron state of S streams: the model's own, or one that belongs to an evaluation or a generation."""

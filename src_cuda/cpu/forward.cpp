@@ -25,7 +25,8 @@
 namespace neurogen::cpu {
 namespace {
 
-constexpr int kChunkRows = 256;      // rows of a chunk: a region's slice of it stays in the L2 cache
+constexpr int kChunkRows = 256;  // rows of a chunk: a region's slice of it stays in the L2 cache
+constexpr int64_t kReadoutRows = 32;
 constexpr int kTeamNeurons = 8192;   // a smaller brain's tick is too short to be worth a barrier
 constexpr int kGroupsPerThread = 2;  // groups of streams: a thread that is held up leaves some to the others
 constexpr double kRmsEpsilon = 1e-5;
@@ -44,6 +45,7 @@ void CpuModel::forward() {
   refresh_derived();
   const int chunk = std::min({chunk_limit_, tokens_, std::max(1, kChunkRows / streams_)});
   const int readout_tiles = spec_.dim / kBlock, groups = std::min(streams_, kGroupsPerThread * threads_);
+  const int64_t readout_pieces = (rows_ + kReadoutRows - 1) / kReadoutRows;
   const bool together = streams_ < threads_ && neurons_ >= kTeamNeurons;
 #pragma omp parallel num_threads(workers(rows_* weights_))
   {
@@ -71,6 +73,10 @@ void CpuModel::forward() {
           for (int index : sequence_) run_region(index, mine, first, std::min(chunk, tokens_ - first));
         }
       }
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t piece = 0; piece < readout_pieces; ++piece) {
+      hear_regions(piece * kReadoutRows, std::min(kReadoutRows, rows_ - piece * kReadoutRows));
     }
 #pragma omp for schedule(dynamic)
     for (int tile = 0; tile < readout_tiles; ++tile) read_out(tile, scratch);
@@ -211,22 +217,28 @@ void CpuModel::dropout_mask(int region, int tile, int token, int stream, float* 
   }
 }
 
-// table: scratch [unique, 32].
+// Summed readout input of some rows, in o.
+void CpuModel::hear_regions(int64_t first, int64_t count) {
+  float* o = o_ + first * spec_.dim;
+  std::fill_n(o, count * spec_.dim, 0.0f);
+  for (const Projection* p : readout_) {
+    if (p->spec->src == kFromEmbedding) continue;
+    add_spikes(*p, 0, p->rows, emitted(p->spec->src).from_row(first), count, {o, spec_.dim, kBlock});
+  }
+}
+
+// Integrates one tile of it over time, in place, with what the embedding says to Broca. table: scratch [unique, 32].
 void CpuModel::read_out(int tile, float* table) {
   const int offset = tile * kBlock;
   const int64_t dim = spec_.dim;
-  for (int64_t row = 0; row < rows_; ++row) std::fill_n(o_ + row * dim + offset, kBlock, 0.0f);
   for (const Projection* p : readout_) {
-    const int32_t *order = p->order + int64_t{tile} * p->k, *cols = p->cols + int64_t{tile} * p->k;
-    if (p->spec->src == kFromEmbedding) {
-      kernels().block_product({table, kBlock, {x_, dim, kBlock}, unique_, p->panels, order, cols, p->k, false});
-      for (int64_t row = 0; row < rows_; ++row) {
-        const float* from = table + int64_t{slot_of_row_[row]} * kBlock;
-        float* to = o_ + row * dim + offset;
-        for (int j = 0; j < kBlock; ++j) to[j] += from[j];
-      }
-    } else {
-      add_spikes(*p, tile, tile + 1, emitted(p->spec->src), rows_, {o_, dim, kBlock});
+    if (p->spec->src != kFromEmbedding) continue;
+    const int64_t block = int64_t{tile} * p->k;
+    kernels().block_product(
+        {table, kBlock, {x_, dim, kBlock}, unique_, p->panels, p->order + block, p->cols + block, p->k, false});
+    for (int64_t row = 0; row < rows_; ++row) {
+      const float* from = table + int64_t{slot_of_row_[row]} * kBlock;
+      for (int j = 0; j < kBlock; ++j) o_[row * dim + offset + j] += from[j];
     }
   }
   static const float zeros[kBlock] = {};

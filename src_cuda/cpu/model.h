@@ -111,6 +111,7 @@ class CpuModel final : public Model {
   void add_spikes(const Projection& p, int begin, int end, const Source& source, int64_t rows, const Sink& out) const;
   void add_delayed(const Projection& p, const Share& mine, int begin, int end, int token);
   void dropout_mask(int region, int tile, int token, int stream, float* mask) const;
+  void hear_regions(int64_t first, int64_t count);
   void read_out(int tile, float* table);
   float normalize(const float* o, float* broca) const;
   void copy_rows(const Region& region, const float* array, int64_t row, int64_t count, float* out) const;

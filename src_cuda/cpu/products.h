@@ -13,15 +13,17 @@ constexpr int kRowsHeld = kLanes == 16 ? 8 : kLanes == 8 ? 3 : 1;
 constexpr int kDstHeld = kLanes == 16 ? 8 : 2;  // rows of dw held by outer_product
 
 template <int ROWS>
-inline __attribute__((always_inline)) void product_rows(const BlockProduct& p, int64_t row) {
+inline __attribute__((always_inline)) void product_rows(const BlockProduct& p, int64_t row, int64_t first,
+                                                        int64_t last) {
+  const bool add = p.add || first > 0;
   vec acc[ROWS][kVectors];
   float* out = p.out + row * p.ldo;
 #pragma GCC unroll 16
   for (int m = 0; m < ROWS; ++m) {
 #pragma GCC unroll 8
-    for (int c = 0; c < kVectors; ++c) acc[m][c] = p.add ? load(out + m * p.ldo + c * kLanes) : vec{};
+    for (int c = 0; c < kVectors; ++c) acc[m][c] = add ? load(out + m * p.ldo + c * kLanes) : vec{};
   }
-  for (int64_t q = 0; q < p.k; ++q) {
+  for (int64_t q = first; q < last; ++q) {
     const float* panel = p.panels + static_cast<int64_t>(p.block[q]) * 1024;
     const float* x = p.x.data + row * p.x.row + p.col[q] * p.x.tile;
     for (int j = 0; j < 32; ++j) {
@@ -43,13 +45,21 @@ inline __attribute__((always_inline)) void product_rows(const BlockProduct& p, i
   }
 }
 
+// Two blocks and 32 rows at a time: 8 KB of weights, 8 KB of input and 4 KB of sums stay in the L1 cache.
 void block_product(const BlockProduct& p) {
-  int64_t row = 0;
-  for (; row + kRowsHeld <= p.rows; row += kRowsHeld) product_rows<kRowsHeld>(p, row);
-  if constexpr (kRowsHeld > 4) {
-    for (; row + 4 <= p.rows; row += 4) product_rows<4>(p, row);
+  constexpr int64_t kRows = 32, kBlocks = 2;
+  for (int64_t begin = 0; begin < p.rows; begin += kRows) {
+    const int64_t end = begin + kRows < p.rows ? begin + kRows : p.rows;
+    for (int64_t first = 0; first < p.k || first == 0; first += kBlocks) {
+      const int64_t last = first + kBlocks < p.k ? first + kBlocks : p.k;
+      int64_t row = begin;
+      for (; row + kRowsHeld <= end; row += kRowsHeld) product_rows<kRowsHeld>(p, row, first, last);
+      if constexpr (kRowsHeld > 4) {
+        for (; row + 4 <= end; row += 4) product_rows<4>(p, row, first, last);
+      }
+      for (; row < end; ++row) product_rows<1>(p, row, first, last);
+    }
   }
-  for (; row < p.rows; ++row) product_rows<1>(p, row);
 }
 
 inline __attribute__((always_inline)) void outer_rows(const OuterProduct& p, int64_t first, int64_t count, int i0,

@@ -39,7 +39,7 @@ class Settings:
         Steps between evaluations, and between checkpoints in `last`; both also happen at the end.
     """
 
-    steps: int = 1500
+    steps: int = 2500
     lr: float = 4e-3
     warmup: int = 200
     evaluate_every: int = 100

@@ -31,4 +31,5 @@ def test_an_unknown_set_is_refused():
     build = "import neurogen_cy as ng; ng.NeuroGen(ng.Config.preset('tiny'))"
     done = run("sse9", "-c", build)
     assert done.returncode == 1
-    assert "ValueError: NEUROGEN_CPU_ISA: expected baseline, avx2 or avx512" in done.stderr and "got sse9" in done.stderr
+    assert "ValueError: NEUROGEN_CPU_ISA: expected baseline, avx2 or avx512" in done.stderr
+    assert "got sse9" in done.stderr

@@ -54,8 +54,9 @@ def quality():
     rows = []
     for row in record("quality")["rows"]:
         grams = row["ngram_bits_per_byte"]
+        reached = f"**{row['validation_bits_per_byte']:.2f}** ({row['validation_nats_per_byte']:.3f} nats)"
         rows.append([row["text"], f"{row['bytes'] / 1e6:.2f} MB", f"{row['tokens'] / 1e6:.1f} M",
-                     f"{row['seconds']:.0f} s", f"**{row['validation_bits_per_byte']:.2f}** ({row['validation_nats_per_byte']:.3f} nats)",
+                     f"{row['seconds']:.0f} s", reached,
                      *(f"{grams[order]:.2f}" for order in "345")])
     head = ["text", "size", "bytes read", "whole command", "validation", "3-gram", "4-gram", "5-gram"]
     return table(head, rows) + "\n\nBits per byte on the last 10 % of the text; preset `tiny`, CPU, two threads."

@@ -156,7 +156,7 @@ cdef class Decoder:
         finally:
             self.engine.busy = False
 
-    def sample_into(self, broca, ids_out, *, temperature=1.0, top_k=0, top_p=1.0, greedy=False, seed=0, position=0):
+    def sample_into(self, broca, ids_out, temperature=1.0, top_k=0, top_p=1.0, greedy=False, seed=0, position=0):
         """Draws one token per row of `broca`.
 
         Parameters

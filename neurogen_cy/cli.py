@@ -12,7 +12,7 @@ import click
 import numpy as np
 from threadpoolctl import threadpool_info
 
-from neurogen_cy import __version__, backend, checkpoint, report
+from neurogen_cy import __version__, _cpu, backend, checkpoint, report
 from neurogen_cy.cli_common import (
     PATH,
     backend_options,
@@ -127,7 +127,8 @@ def info(path: Path | None) -> None:
         return
     click.echo(f"neurogen_cy {__version__}, Python {platform.python_version()}, NumPy {np.__version__}")
     for name, reason in backend.available().items():
-        click.echo(f"backend {name}: " + ("ready" if reason is None else f"not available: {reason}"))
+        kernels = f", {_cpu.instruction_set()} kernels" if name == "cpu" else ""
+        click.echo(f"backend {name}: " + (f"ready{kernels}" if reason is None else f"not available: {reason}"))
     for pool in threadpool_info():
         kind, version = pool["internal_api"], pool.get("version") or "of unknown version"
         click.echo(f"{pool['user_api']}: {kind} {version}, {pool['num_threads']} threads, {pool['filepath']}")

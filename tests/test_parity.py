@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import reference
 from connectomes import NEURON_TOKENS, random_case, retry_off_threshold
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, event, given, note, settings
 from hypothesis import strategies as st
 
 import neurogen_cy as ng
@@ -81,7 +81,8 @@ def compare(model, result, case, expected):
 @given(seed=st.integers(0, 2**32 - 1))
 def test_loss_and_every_gradient(make_model, seed):
     case, expected, redraws = draw(seed)
-    note(f"case {[seed, redraws]}: redrawn {redraws} times for neurons at the threshold")
+    note(f"case {[seed, redraws]}")
+    event(f"drawn again {redraws} times for neurons at the threshold")
     model, result = run(make_model, case)
     compare(model, result, case, expected)
 

@@ -1,5 +1,5 @@
-// Batched e-prop (DESIGN section 4): the gradient of the loss with delayed spikes and the soft reset held
-// constant. With the learning signal L = dE/ds of a region, walk t from T-1 down,
+// Batched e-prop (Bellec et al. 2020, with exact spatial credit): the gradient of the loss with delayed spikes and the
+// soft reset held constant. With the learning signal L = dE/ds of a region, walk t from T-1 down,
 //   lw = rho lw' - (1-alpha) lv',   ls = L + (1-rho) b lw,
 //   lv = alpha lv' + (1-rho) a lw + ls ds/du + rate term,   delta = sqrt(1-alpha^2) lv = dE/dI
 // then dW[block] = sum over rows of e s^T with e = dd (drive), dg (gate) or delta (delayed).

@@ -1,17 +1,24 @@
-// The brain, forward. Per region and token t (DESIGN section 3):
+// The brain, forward. Per region and token t (ALIF with subthreshold adaptation, after Bellec et al. 2020):
+//
 //   d = bias + sum of drives,  G = 2 sigmoid(sum of gates),  I = G d + delayed
-//   v = alpha v - (1-alpha) w + sqrt(1-alpha^2) I - s,  u = v - 1,  s = H(u) min(1+u, max_spike),  w = rho w +
-//   (1-rho)(a v + b s)
+//   v = alpha v - (1-alpha) w + sqrt(1-alpha^2) I - s,  u = v - 1
+//   s = H(u) min(1+u, max_spike),  w = rho w + (1-rho)(a v + b s)
+//
 // and o = kappa o + (1-kappa) r, broca = o / rms(o) for the readout r.
 //
 // Order of work: embedding products of all tokens at once, then one of two schedules.
-//   As many streams as threads, or a small brain: a thread takes a group of streams and runs, a chunk of tokens at a
-//   time, the regions from the lowest level up, each over the whole chunk. A chunk is no longer than the shortest
-//   feedback delay, so everything a region reads is there, and weights are reused while they are in the cache. Threads
-//   do not meet. Few streams of a large brain: a wavefront. At tick k the regions of level l work on token k - l, all
-//   of them at once, tiles shared among the threads, which meet once a tick. The delay rule sees to it that all reads
-//   are of earlier ticks.
+//
+// Groups, with as many streams as threads or a small brain: a thread takes a group of streams and runs, a chunk of
+// tokens at a time, the regions from the lowest level up, each over the whole chunk. A chunk is no longer than the
+// shortest feedback delay, so everything a region reads is there, and weights are reused while they are in the cache.
+// Threads do not meet.
+//
+// Wavefront, with few streams of a large brain: at tick k the regions of level l work on token k - l, all of them at
+// once, tiles shared among the threads, which meet once a tick. The delay rule sees to it that all reads are of earlier
+// ticks.
+//
 // Results equal the token-by-token order bit for bit either way: a sum's order depends on neither.
+// Products with spikes are event-driven: a silent source costs nothing.
 #include <omp.h>
 
 #include <algorithm>

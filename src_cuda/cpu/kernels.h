@@ -87,7 +87,7 @@ struct NeuronTick {
   float max_spike;
 };
 
-// The adjoint walk of one tile, t from T-1 down (DESIGN section 4).
+// The adjoint walk of one tile, t from T-1 down (equations in backward.cpp).
 struct AdjointScan {
   int64_t streams, tokens;
   const float *alpha, *rho, *a, *b, *input_gain;  // [32]

@@ -90,6 +90,13 @@ cdef class Brain:
         hold : bool
             Keep the step open for `Engine.learn_held` (the token-by-token training loop); the state advances
             only there.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Wrong kind or dtype; shape, contiguity, empty, or values that are not finite.
+        OverflowError
+            When the neuron state would not be finite; it stays as it was.
         """
         cdef Borrowed a = borrow(x, "x", _FLOATS)
         cdef const float* rows = <const float*>a.view.buf
@@ -105,7 +112,20 @@ cdef class Brain:
             self.engine.busy = False
 
     def broca_output_into(self, out):
-        """Writes Broca's output after the last token, float32 [B, D] ([D] if B = 1), into the caller's array."""
+        """Writes Broca's output after the last token into the caller's array.
+
+        broca = o / sqrt(mean(o^2) + 1e-5), o the leaky integral of what Broca's area and its helpers say.
+
+        Parameters
+        ----------
+        out : float32 array [B, D], or [D] if B = 1
+            C-contiguous, writable. Complete on return.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Wrong kind or dtype; shape, contiguity, read-only, overlap or empty. Nothing is written then.
+        """
         cdef Borrowed a = borrow(out, "out", _FLOATS, True)
         cdef float* to = <float*>a.view.buf
         self._check_width(a)
@@ -123,7 +143,7 @@ cdef class Brain:
         return out
 
     def reset(self, streams=None):
-        """Clears v, w, o and past spikes of all streams, or of those numbered in `streams`."""
+        """Clears v, w, o and past spikes of all streams, or of those in `streams` (IndexError outside 0..B-1)."""
         self.state.reset(streams)
 
     cdef int _check_width(self, Borrowed a) except -1:
@@ -141,7 +161,19 @@ cdef class Decoder:
         self.engine = engine
 
     def logits_into(self, broca, out):
-        """Writes logits [M, V] of Broca outputs [M, D], both float32, into the caller's array."""
+        """Writes logits = W broca + c into the caller's array.
+
+        Parameters
+        ----------
+        broca : float32 array [M, D]
+        out : float32 array [M, V]
+            C-contiguous, writable, apart from `broca`. Complete on return.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Wrong kind or dtype; shape, contiguity, read-only, overlap or empty. Nothing is written then.
+        """
         cdef Borrowed a = borrow(broca, "broca", _FLOATS)
         cdef Borrowed b = borrow(out, "out", _FLOATS, True)
         cdef int64_t rows = self._rows(a)
@@ -173,6 +205,11 @@ cdef class Decoder:
             The most probable token (lowest id on ties) instead of a draw.
         seed, position : int in 0..2**64-1
             Row m draws from Philox keyed by (seed, position, m): the same arguments give the same tokens.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Wrong kind or dtype; shape, contiguity, read-only, overlap or empty. Nothing is written then.
         """
         cdef Borrowed a = borrow(broca, "broca", _FLOATS)
         cdef Borrowed b = borrow(ids_out, "ids_out", ("int32",), True)

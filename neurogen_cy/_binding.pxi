@@ -98,7 +98,7 @@ cdef class Engine:
         if len(shape) == 1 and self.streams == 1:
             shape = (1, *shape)
         if len(shape) != 2 or shape[0] != self.streams or not 1 <= shape[1] <= self.max_tokens:
-            flat = f" or [T]" if self.streams == 1 else ""
+            flat = " or [T]" if self.streams == 1 else ""
             raise ValueError(f"{ids.name}: expected shape [{self.streams}, T]{flat} with 1 <= T <= "
                              f"{self.max_tokens}, got {ids.shape()}")
         return shape

@@ -186,7 +186,6 @@ void CpuModel::lay_out_workspace() {
     region.v = arena_.take<float>(part, cells);
     region.w = arena_.take<float>(part, cells);
   }
-  row_ids_ = arena_.take<int32_t>(part, rows);
   slot_of_row_ = arena_.take<int32_t>(part, rows);
   slot_of_id_ = arena_.take<int32_t>(part, vocab);
   unique_ids_ = arena_.take<int32_t>(part, rows);

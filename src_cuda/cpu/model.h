@@ -187,7 +187,6 @@ class CpuModel final : public Model {
   int64_t capacity_ = 0, rows_ = 0;
   bool train_dropout_ = false, held_ = false, has_resets_ = false;
   uint64_t call_ = 0;
-  int32_t* row_ids_ = nullptr;       // [M]
   int32_t* slot_of_row_ = nullptr;   // [M] row of x_ that feeds this row
   int32_t* slot_of_id_ = nullptr;    // [V], -1 outside a call
   int32_t* unique_ids_ = nullptr;    // [unique]
@@ -216,8 +215,8 @@ class CpuModel final : public Model {
 };
 
 // Calls body(row, rows, source) for the rows of some tokens and streams that hear a delayed projection: source
-// holds the spikes `delay` tokens before `row`. Rows whose source lies before their
-// stream's reset are left out. Several tokens at once only with all streams.
+// holds the spikes `delay` tokens before `row`. Rows whose source lies before their stream's reset are left out.
+// Several tokens at once only with all streams.
 template <class Body>
 void CpuModel::for_source_rows(const Projection& p, int token, int tokens, int stream, int streams, Body body) const {
   const int delay = p.spec->delay, n = regions_[p.spec->src].n;

@@ -47,7 +47,6 @@ void CpuModel::stage_ids(const int32_t* ids) {
         slot_of_id_[id] = unique_;
         unique_ids_[unique_++] = id;
       }
-      row_ids_[row] = id;
       slot_of_row_[row] = slot_of_id_[id];
     }
   }

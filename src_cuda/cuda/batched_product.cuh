@@ -1,0 +1,59 @@
+// Products of all rows of a call with lists of blocks: out[receiver, row] = sum over the receiver's terms of
+// block * source. A warp takes 32 receivers x 32 rows, a block of threads 256 rows; what happens to the sums is the
+// caller's: finish(receiver, first of the lane's four neurons in the tile, row, float4 of sums).
+#pragma once
+
+#include "block_product.cuh"
+#include "model.h"
+
+namespace neurogen::cuda {
+
+constexpr int kProductWarps = 8;
+constexpr int kProductSteps = 4;                                     // of kRows rows
+constexpr int kProductRows = kProductWarps * kProductSteps * kRows;  // of a block of threads
+
+template <class Real, class Finish>
+__global__ void __launch_bounds__(kProductWarps * 32)
+    multiply_blocks_kernel(TermList list, const Real* weights, int64_t rows, int first_receiver, Finish finish) {
+  const int receiver = first_receiver + blockIdx.x;
+  const int64_t first = int64_t{blockIdx.y} * kProductRows + threadIdx.x / 32 * (kProductSteps * kRows);
+  if (first >= rows) return;
+  Sums sums[kProductSteps];
+#pragma unroll
+  for (int i = 0; i < kProductSteps; ++i) zero(sums[i]);
+  const int32_t end = list.begin[receiver + 1];
+  for (int32_t at = list.begin[receiver]; at < end; ++at) {
+    const Term term = list.terms[at];
+    const Real* source = static_cast<const Real*>(term.source) + first * term.ld;
+    BlockWeights<Real> block;
+    block.load(weights + int64_t{term.block} * kBlockArea);
+    Sources<Real> sources[kProductSteps];
+#pragma unroll
+    for (int i = 0; i < kProductSteps; ++i) {
+      const int64_t left = rows - first - i * kRows;
+      sources[i].load(source + int64_t{i} * kRows * term.ld, term.ld, left < kRows ? static_cast<int>(left) : kRows);
+    }
+#pragma unroll
+    for (int i = 0; i < kProductSteps; ++i) multiply_add(sums[i], block, sources[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < kProductSteps; ++i) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int64_t row = first + i * kRows + lane_row() + c;
+      const float (&x)[4][2] = sums[i].x;
+      if (row < rows) finish(receiver, lane_receiver(), row, float4{x[0][c], x[1][c], x[2][c], x[3][c]});
+    }
+  }
+}
+
+// receivers: how many, from first_receiver on.
+template <class Real, class Finish>
+void multiply_blocks(cudaStream_t stream, const TermList& list, const void* weights, int64_t rows, int first_receiver,
+                     int receivers, Finish finish) {
+  const dim3 grid(receivers, static_cast<unsigned>((rows + kProductRows - 1) / kProductRows));
+  multiply_blocks_kernel<Real>
+      <<<grid, kProductWarps * 32, 0, stream>>>(list, static_cast<const Real*>(weights), rows, first_receiver, finish);
+}
+
+}  // namespace neurogen::cuda

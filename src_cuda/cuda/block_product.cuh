@@ -1,0 +1,175 @@
+// A warp times one 32 x 32 block of weights: 32 receivers x 8 rows (streams or tokens) at a time.
+//
+// Lane (g, t) = (lane / 4, lane % 4) holds receivers 4g .. 4g+3 of rows 2t and 2t+1. That is how the tensor core's
+// m16n8k16 product leaves its result, if row r of its 16-row tiles i = 0, 1 stands for receiver 4*(r % 8) + 2i + r / 8;
+// the four receivers of a lane are then neighbours in memory. The order of the 32 sources inside a product is free as
+// long as both operands agree on it: lane t reads sources 8t .. 8t+7 with one 16-byte load.
+//
+// bf16 blocks are stored with their rows in the order of these loads: row 8j + g of the stored block is receiver 4g +
+// j, so a warp's load is 512 contiguous bytes. float blocks are stored plainly, [receiver][source].
+#pragma once
+
+#include "numbers.cuh"
+
+namespace neurogen::cuda {
+
+constexpr int kRows = 8;  // rows of one step
+
+__device__ inline int lane_receiver() { return threadIdx.x % 32 / 4 * 4; }
+__device__ inline int lane_row() { return threadIdx.x % 4 * 2; }
+
+// Where receiver r of a block is stored.
+template <class Real>
+__host__ __device__ constexpr int stored_row(int r) {
+  return sizeof(Real) == 2 ? r % 4 * 8 + r / 4 : r;
+}
+
+// Sums of one step: x[i][c] = receiver 4g+i of row 2t+c.
+struct Sums {
+  float x[4][2];
+};
+
+__device__ inline void zero(Sums& sums) {
+  for (int i = 0; i < 4; ++i) sums.x[i][0] = sums.x[i][1] = 0.0f;
+}
+
+// The weights of one block as a lane needs them.
+template <class Real>
+struct BlockWeights;
+
+template <>
+struct BlockWeights<bf16> {
+  uint4 row[4];
+  __device__ void load(const void* block) {
+    const uint4* from = static_cast<const uint4*>(block) + threadIdx.x % 32;
+    for (int j = 0; j < 4; ++j) row[j] = from[j * 32];
+  }
+};
+
+template <>
+struct BlockWeights<float> {
+  const float* at;
+  __device__ void load(const void* block) { at = static_cast<const float*>(block) + lane_receiver() * 32; }
+};
+
+// Eight rows of 32 sources as a lane needs them. load() takes what is there; look() and settle() read spikes that other
+// blocks of threads may still have to write (brain.cuh).
+template <class Real>
+struct Sources;
+
+// Not written yet: all bits set, a NaN that no arithmetic gives.
+__device__ inline bool absent(const uint4& raw, bf16) {
+  return (__vcmpeq2(raw.x, ~0u) | __vcmpeq2(raw.y, ~0u) | __vcmpeq2(raw.z, ~0u) | __vcmpeq2(raw.w, ~0u)) != 0;
+}
+__device__ inline bool absent(const uint4& raw, float) {
+  return raw.x == ~0u || raw.y == ~0u || raw.z == ~0u || raw.w == ~0u;
+}
+
+// 16 bytes as they are in the L2 cache at this moment.
+__device__ inline uint4 peek(const void* from) {
+  uint4 raw;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
+               : "l"(from));
+  return raw;
+}
+
+template <>
+struct Sources<bf16> {
+  uint4 raw;  // sources 8t .. 8t+7 of row g
+  static __device__ const bf16* own(const bf16* from, int64_t ld) {
+    return from + threadIdx.x % 32 / 4 * ld + threadIdx.x % 4 * 8;
+  }
+  // from: row 0 of the eight; rows beyond `rows` count as zero.
+  __device__ void load(const bf16* from, int64_t ld, int rows) {
+    raw = uint4{0, 0, 0, 0};
+    if (static_cast<int>(threadIdx.x % 32 / 4) < rows) raw = __ldcg(reinterpret_cast<const uint4*>(own(from, ld)));
+  }
+  // The same from float spikes of an earlier call.
+  __device__ void load_carried(const float* from, int64_t ld, int rows) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    raw = uint4{0, 0, 0, 0};
+    if (g >= rows) return;
+    const float4* here = reinterpret_cast<const float4*>(from + g * ld + t * 8);
+    const float4 lo = here[0], hi = here[1];
+    reinterpret_cast<__nv_bfloat162&>(raw.x) = __floats2bfloat162_rn(lo.x, lo.y);
+    reinterpret_cast<__nv_bfloat162&>(raw.y) = __floats2bfloat162_rn(lo.z, lo.w);
+    reinterpret_cast<__nv_bfloat162&>(raw.z) = __floats2bfloat162_rn(hi.x, hi.y);
+    reinterpret_cast<__nv_bfloat162&>(raw.w) = __floats2bfloat162_rn(hi.z, hi.w);
+  }
+  __device__ void look(const bf16* from, int64_t ld, int rows) {
+    raw = uint4{0, 0, 0, 0};
+    if (static_cast<int>(threadIdx.x % 32 / 4) < rows) raw = peek(own(from, ld));
+  }
+  // Waits until all that look() asked for is there.
+  __device__ void settle(const bf16* from, int64_t ld) {
+    while (__any_sync(0xffffffffu, absent(raw, bf16{}))) {
+      if (absent(raw, bf16{})) raw = peek(own(from, ld));
+    }
+  }
+  // Silences row g where `keep` is false (each lane passes the flag of its own row g).
+  __device__ void mask(bool keep) {
+    if (!keep) raw = uint4{0, 0, 0, 0};
+  }
+};
+
+template <>
+struct Sources<float> {
+  const float* at[2];  // rows 2t and 2t+1, null = zero
+  bool mine;           // row g counts
+  __device__ void load(const float* from, int64_t ld, int rows) {
+    for (int c = 0; c < 2; ++c) at[c] = lane_row() + c < rows ? from + (lane_row() + c) * ld : nullptr;
+    mine = static_cast<int>(threadIdx.x % 32 / 4) < rows;
+  }
+  __device__ void load_carried(const float* from, int64_t ld, int rows) { load(from, ld, rows); }
+  __device__ void look(const float* from, int64_t ld, int rows) { load(from, ld, rows); }
+  // The lanes of row g wait for it: 8t .. 8t+7 each.
+  __device__ void settle(const float* from, int64_t ld) {
+    const float* own = from + threadIdx.x % 32 / 4 * ld + threadIdx.x % 4 * 8;
+    while (__any_sync(0xffffffffu, mine && (absent(peek(own), 0.0f) || absent(peek(own + 4), 0.0f)))) {
+    }
+  }
+  __device__ void mask(bool keep) {  // the flag of row g sits in lanes 4g .. 4g+3
+    for (int c = 0; c < 2; ++c) {
+      if (!__shfl_sync(0xffffffffu, static_cast<int>(keep), (lane_row() + c) * 4)) at[c] = nullptr;
+    }
+  }
+};
+
+__device__ inline void tensor_product(float& c0, float& c1, float& c2, float& c3, unsigned a0, unsigned a1, unsigned a2,
+                                      unsigned a3, unsigned b0, unsigned b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3)
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// sums += block * sources.
+__device__ inline void multiply_add(Sums& sums, const BlockWeights<bf16>& w, const Sources<bf16>& s) {
+  float (&x)[4][2] = sums.x;
+  tensor_product(x[0][0], x[0][1], x[1][0], x[1][1], w.row[0].x, w.row[1].x, w.row[0].y, w.row[1].y, s.raw.x, s.raw.y);
+  tensor_product(x[2][0], x[2][1], x[3][0], x[3][1], w.row[2].x, w.row[3].x, w.row[2].y, w.row[3].y, s.raw.x, s.raw.y);
+  tensor_product(x[0][0], x[0][1], x[1][0], x[1][1], w.row[0].z, w.row[1].z, w.row[0].w, w.row[1].w, s.raw.z, s.raw.w);
+  tensor_product(x[2][0], x[2][1], x[3][0], x[3][1], w.row[2].z, w.row[3].z, w.row[2].w, w.row[3].w, s.raw.z, s.raw.w);
+}
+
+__device__ inline void multiply_add(Sums& sums, const BlockWeights<float>& w, const Sources<float>& s) {
+  for (int c = 0; c < 2; ++c) {
+    if (!s.at[c]) continue;
+#pragma unroll
+    for (int k = 0; k < 32; k += 4) {
+      const float4 source = __ldcg(reinterpret_cast<const float4*>(s.at[c] + k));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float4 weight = load4(w.at + i * 32 + k);
+        float sum = sums.x[i][c];
+        sum = fmaf(weight.x, source.x, sum);
+        sum = fmaf(weight.y, source.y, sum);
+        sum = fmaf(weight.z, source.z, sum);
+        sums.x[i][c] = fmaf(weight.w, source.w, sum);
+      }
+    }
+  }
+}
+
+}  // namespace neurogen::cuda

@@ -1,0 +1,271 @@
+// The public calls of the CUDA model: which of the stages each one runs, and when state is committed. Every call ends
+// in one wait; what could go wrong on the device is known then, and nothing was changed if it did.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+#include "model.h"
+
+namespace neurogen::cuda {
+
+namespace {
+
+void require_finite(const Verdict& verdict) {
+  if (!verdict.ok) throw std::overflow_error("neuron state: expected finite values, got NaN or infinity");
+}
+
+size_t prediction_bytes(const Targets& targets, int64_t rows) {
+  return targets.predictions ? sizeof(int32_t) * static_cast<size_t>(rows) : 0;
+}
+
+}  // namespace
+
+// Loss, gradients and (with adam) the update of the forward pass that was just made. A gradient that is added to must
+// not take up a bad call's share, so there the verdict is awaited before any gradient is written.
+void CudaModel::score_and_learn(const Targets& targets, const AdamW* adam, bool accumulate, StepStats* stats) {
+  stage_targets(targets);
+  if (accumulate) {
+    score(false, false);
+    summarize(false);
+    if (!finish(0).ok) {
+      report({}, stats);
+      return;
+    }
+  }
+  if (!accumulate) clear_embedding_gradient();
+  score(true, accumulate);
+  summarize(targets.predictions != nullptr);
+  learn(accumulate);
+  if (adam) launch_update(*adam);
+  commit();
+  const Verdict& verdict = finish(prediction_bytes(targets, rows_));
+  if (adam && (verdict.ok || !std::isfinite(verdict.squares))) stats->grad_norm = std::sqrt(verdict.squares);
+  report(targets, stats);
+}
+
+void CudaModel::run(const Tokens& tokens, const Targets& targets, uint64_t call, const AdamW* adam, bool accumulate,
+                    StepStats* stats) {
+  const OnDevice scope(spec_.device);
+  call_ = call;
+  train_dropout_ = spec_.dropout > 0;
+  stage(*state_, tokens);
+  forward();
+  score_and_learn(targets, adam, accumulate, stats);
+}
+
+void CudaModel::train(const Tokens& tokens, const Targets& targets, const AdamW& adam, uint64_t call,
+                      StepStats* stats) {
+  run(tokens, targets, call, &adam, false, stats);
+}
+
+void CudaModel::backward(const Tokens& tokens, const Targets& targets, uint64_t call, bool accumulate,
+                         StepStats* stats) {
+  run(tokens, targets, call, nullptr, accumulate, stats);
+}
+
+void CudaModel::update(const AdamW& adam, StepStats* stats) {
+  const OnDevice scope(spec_.device);
+  set_verdict(true, false);
+  launch_update(adam);
+  const Verdict& verdict = finish(0);
+  stats->grad_norm = std::sqrt(verdict.squares);
+  stats->finite = verdict.ok;
+}
+
+void CudaModel::advance(State& state, const Tokens& tokens, float* broca) {
+  const OnDevice scope(spec_.device);
+  train_dropout_ = false;
+  stage(static_cast<CudaState&>(state), tokens);
+  forward();
+  judge(false);
+  commit();
+  if (broca) {
+    copy_out(broca, broca_ + (rows_ - call_streams_) * spec_.dim, sizeof(float) * call_streams_ * spec_.dim);
+  }
+  require_finite(finish(0));
+}
+
+double CudaModel::evaluate(State& state, const Tokens& tokens, const Input& targets) {
+  const OnDevice scope(spec_.device);
+  train_dropout_ = false;
+  stage(static_cast<CudaState&>(state), tokens);
+  Targets plain;
+  plain.ids = targets;
+  stage_targets(plain);
+  forward();
+  score(false, false);
+  judge(true);
+  commit();
+  const Verdict& verdict = finish(0);
+  require_finite(verdict);
+  return verdict.loss;
+}
+
+void CudaModel::step(const float* x, bool hold) {
+  const OnDevice scope(spec_.device);
+  train_dropout_ = false;
+  begin(*state_, spec_.streams, 1);
+  stage_rows(x);
+  forward();
+  judge(false);
+  if (!hold) commit();
+  const Verdict& verdict = finish(0);
+  if (!hold) require_finite(verdict);
+  held_ = hold;
+  held_sound_ = verdict.ok;
+}
+
+void CudaModel::learn_held(const int32_t* ids, const Targets& targets, const AdamW& adam, StepStats* stats) {
+  if (!held_) throw std::runtime_error("learn_held: expected an open step, got none");
+  const OnDevice scope(spec_.device);
+  held_ = false;
+  set_verdict(false, !held_sound_);  // other calls may have used it since
+  Input heard;
+  heard.data = ids;
+  stage_ids(heard);
+  score_and_learn(targets, &adam, false, stats);
+}
+
+void CudaModel::broca_output(float* out) {
+  const OnDevice scope(spec_.device);
+  // d_broca_ is free between calls.
+  normalize_rows(held_ ? o_ : state_->o(), spec_.streams, d_broca_, nullptr, nullptr);
+  copy_out(out, d_broca_, sizeof(float) * spec_.streams * spec_.dim);
+  wait();
+}
+
+void CudaModel::encode(const int32_t* ids, int64_t count, float* out) {
+  const OnDevice scope(spec_.device);
+  Input heard;
+  heard.data = ids;
+  encode_rows(static_cast<const int32_t*>(arrive(heard, sizeof(int32_t) * count)), count, dx_);
+  copy_out(out, dx_, sizeof(float) * count * spec_.dim);
+  wait();
+}
+
+// Rows pass through workspace that an open step does not need.
+void CudaModel::logits(const float* broca, int64_t rows, float* out) {
+  const OnDevice scope(spec_.device);
+  for_logits(broca, rows, [&](int64_t first, int64_t count, const float* logits) {
+    copy_out(out + first * spec_.vocab, logits, sizeof(float) * count * spec_.vocab);
+    wait();
+  });
+}
+
+void CudaModel::sample(const float* broca, int64_t rows, const Sampling& sampling, int32_t* ids) {
+  const OnDevice scope(spec_.device);
+  set_draw(sampling);
+  for_logits(broca, rows, [&](int64_t first, int64_t count, const float* logits) {
+    draw(logits, count, draw_, first, drawn_);
+    copy_out(ids + first, drawn_, sizeof(int32_t) * count);
+    wait();
+  });
+}
+
+// Calls body(first row, rows, logits [rows, V] on the device) for pieces of host rows that fit.
+template <class Body>
+void CudaModel::for_logits(const float* broca, int64_t rows, Body body) {
+  refresh_derived();
+  const int64_t most = std::min(sampling_rows(), capacity_), dim = spec_.dim;
+  for (int64_t first = 0; first < rows; first += most) {
+    const int64_t count = std::min(most, rows - first);
+    copy_in(d_broca_, broca + first * dim, sizeof(float) * count * dim);
+    to_real(d_broca_, count * dim, readout_error_);
+    float* out = sampling_logits();
+    logits_on_device(readout_error_, count, out);
+    body(first, count, out);
+  }
+}
+
+// One token of generation, on the device alone: logits of broca_, a draw, the token through the brain, state kept.
+void CudaModel::speak() {
+  float* logits = sampling_logits();
+  const int64_t streams = call_streams_;
+  for (int64_t first = 0; first < streams; first += sampling_rows()) {
+    const int64_t count = std::min(sampling_rows(), streams - first);
+    const char* rows = static_cast<const char*>(broca_real_) + first * spec_.dim * real_size();
+    logits_on_device(rows, count, logits);
+    draw(logits, count, draw_, first, ids_ + first);
+  }
+  keep_drawn();
+  gather_rows();
+  forward();
+  judge(false);
+  commit();
+}
+
+// The first token runs launch by launch, which loads every kernel; the step is then captured and replayed: the host
+// launches one graph a token and waits once for as many tokens as drawn_ has room for.
+int CudaModel::generate(State& state, float* broca, const Sampling& sampling, int count, int32_t* ids) {
+  const OnDevice scope(spec_.device);
+  train_dropout_ = false;
+  CudaState& own = static_cast<CudaState&>(state);
+  refresh_derived();
+  begin(own, own.streams(), 1);
+  const size_t bytes = sizeof(float) * rows_ * spec_.dim;
+  copy_in(broca_, broca, bytes);
+  to_real(broca_, rows_ * spec_.dim, broca_real_);
+  const int64_t batch = capacity_ / rows_;
+  Sampling from = sampling;
+  for (int64_t token = 0; token < count; token += batch) {
+    const int64_t some = std::min(batch, count - token);
+    from.position = sampling.position + token;
+    set_draw(from);
+    for (int64_t i = 0; i < some; ++i) {
+      if (token + i == 0) {
+        speak();
+        if (count > 1) capture();
+      } else {
+        NG_CUDA(cudaGraphLaunch(graph_.get(), stream_.get()));
+        ++counters_.launches;
+      }
+    }
+    copy_out(ids + token * rows_, drawn_, sizeof(int32_t) * some * rows_);
+    const Verdict& verdict = finish(0);
+    if (!verdict.ok) return static_cast<int>(verdict.heard);
+  }
+  copy_out(broca, broca_, bytes);
+  wait();
+  return count;
+}
+
+void CudaModel::capture() {
+  const int64_t before = counters_.launches;
+  cudaGraph_t graph = nullptr;
+  NG_CUDA(cudaStreamBeginCapture(stream_.get(), cudaStreamCaptureModeThreadLocal));
+  try {
+    speak();
+  } catch (...) {
+    cudaStreamEndCapture(stream_.get(), &graph);
+    if (graph) cudaGraphDestroy(graph);
+    throw;
+  }
+  NG_CUDA(cudaStreamEndCapture(stream_.get(), &graph));
+  counters_.launches = before;
+  cudaGraphExec_t exec = nullptr;
+  const cudaError_t code = cudaGraphInstantiate(&exec, graph, 0);
+  cudaGraphDestroy(graph);
+  NG_CUDA(code);
+  graph_.reset(exec);
+}
+
+void CudaModel::recorded(int index, float* u, float* s) const {
+  const OnDevice scope(spec_.device);
+  const RegionView& region = regions_[index];
+  const size_t count = static_cast<size_t>(rows_) * region.n;
+  for (const auto& [from, to] : {std::pair(region.u, u), std::pair(region.s, s)}) {
+    if (!spec_.bf16) {
+      NG_CUDA(cudaMemcpy(to, from, count * sizeof(float), cudaMemcpyDeviceToHost));
+      continue;
+    }
+    std::vector<uint16_t> raw(count);
+    NG_CUDA(cudaMemcpy(raw.data(), from, count * sizeof(uint16_t), cudaMemcpyDeviceToHost));
+    for (size_t i = 0; i < count; ++i) {  // bf16 is the upper half of a float
+      const uint32_t bits = uint32_t{raw[i]} << 16;
+      std::memcpy(to + i, &bits, sizeof(bits));
+    }
+  }
+}
+
+}  // namespace neurogen::cuda

@@ -1,0 +1,286 @@
+// The connectome as kernels read it: for every receiver the list of blocks it sums over, for every block what its
+// gradient is made of, and which block of threads runs which neurons in the brain launch.
+#include <algorithm>
+#include <cstdlib>
+#include <functional>
+#include <numeric>
+#include <queue>
+
+#include "model.h"
+
+namespace neurogen::cuda {
+namespace {
+
+constexpr int kTileCost = 4;  // a neuron update costs about as much as this many blocks
+
+// Receivers first, then terms: a list built receiver by receiver.
+struct ListBuilder {
+  std::vector<std::vector<Term>> of;
+  explicit ListBuilder(int64_t receivers) : of(receivers) {}
+
+  std::vector<Term> terms() const {
+    std::vector<Term> out;
+    for (const auto& some : of) out.insert(out.end(), some.begin(), some.end());
+    return out;
+  }
+  std::vector<int32_t> begin() const {
+    std::vector<int32_t> out{0};
+    for (const auto& some : of) out.push_back(out.back() + static_cast<int32_t>(some.size()));
+    return out;
+  }
+};
+
+int stream_group_override() {
+  const char* text = std::getenv("NEUROGEN_STREAM_GROUP");
+  if (!text) return 0;
+  char* end = nullptr;
+  const long value = std::strtol(text, &end, 10);
+  if (*end || value < 1 || value > (1 << 30)) {
+    throw std::invalid_argument(std::string("NEUROGEN_STREAM_GROUP: expected a positive integer, got '") + text + "'");
+  }
+  return static_cast<int>(value);
+}
+
+}  // namespace
+
+void CudaModel::connect() {
+  const int count = static_cast<int>(spec_.regions.size());
+  regions_.assign(count, RegionView{});
+  history_.assign(count, 0);
+  first_block_ = {0};
+  for (const ProjectionSpec& p : spec_.projections) {
+    first_block_.push_back(first_block_.back() + int64_t{spec_.width(p.dst) / kBlock} * p.blocks_per_row);
+    if (p.src >= 0) history_[p.src] = std::max(history_[p.src], p.delay);
+    if (p.dst < count) regions_[p.dst].gated |= p.gate;
+  }
+  blocks_ = first_block_.back();
+  sequence_.resize(count);
+  std::iota(sequence_.begin(), sequence_.end(), 0);
+  std::stable_sort(sequence_.begin(), sequence_.end(),
+                   [&](int x, int y) { return spec_.regions[x].level < spec_.regions[y].level; });
+  for (int i = 0; i < count; ++i) {
+    const RegionSpec& spec = spec_.regions[sequence_[i]];
+    if (i == 0 || spec.level != spec_.regions[sequence_[i - 1]].level) level_begin_.push_back(tiles_);
+    RegionView& region = regions_[sequence_[i]];
+    region.n = spec.neurons;
+    region.rank = static_cast<int>(level_begin_.size()) - 1;
+    region.history = history_[sequence_[i]];
+    region.first_tile = tiles_;
+    tiles_ += spec.neurons / kBlock;
+  }
+  levels_ = static_cast<int>(level_begin_.size());
+  level_begin_.push_back(tiles_);
+}
+
+void CudaModel::lay_out_connectome() {
+  const char* part = "connectome";
+  int64_t brain = 0, drive = 0, gate = 0, hear = 0, pull = 0, embed_pull = 0;
+  for (size_t i = 0; i < spec_.projections.size(); ++i) {
+    const ProjectionSpec& p = spec_.projections[i];
+    const int64_t blocks = first_block_[i + 1] - first_block_[i];
+    const bool embedded = p.src == kFromEmbedding, spoken = p.dst == spec_.readout();
+    if (spoken) hear += blocks;
+    if (embedded && !spoken) (p.gate ? gate : drive) += blocks;
+    if (!embedded && !spoken) brain += blocks;
+    if (embedded) embed_pull += blocks;
+    if (!embedded && p.delay == 0) pull += blocks;
+  }
+  const auto list = [&](int64_t receivers, int64_t terms) {
+    return TermList{arena_.take<Term>(part, terms), arena_.take<int32_t>(part, receivers + 1)};
+  };
+  const int64_t dim_tiles = spec_.dim / kBlock;
+  embed_drive_ = list(tiles_, drive);
+  embed_gate_ = list(tiles_, gate);
+  pull_ = list(tiles_, pull);
+  embed_pull_ = list(dim_tiles, embed_pull);
+  hear_ = list(dim_tiles, hear);
+  tile_names_ = arena_.take<TileName>(part, tiles_);
+  jobs_ = arena_.take<BlockJob>(part, blocks_);
+  brain_tiles_ = arena_.take<BrainTile>(part, tiles_);
+  brain_terms_ = arena_.take<Term>(part, brain);
+  shares_ = arena_.take<Share>(part, tiles_);
+  resident_ = arena_.take<int32_t>(part, brain);
+}
+
+template <class T>
+void CudaModel::upload(T* to, const std::vector<T>& from) {
+  if (!from.empty()) NG_CUDA(cudaMemcpy(to, from.data(), from.size() * sizeof(T), cudaMemcpyHostToDevice));
+}
+
+// Errors at the receivers of a projection (after the reverse scan), row 0.
+const void* CudaModel::error_of(const ProjectionSpec& p) const {
+  if (p.dst == spec_.readout()) return readout_error_;
+  const RegionView& region = regions_[p.dst];
+  if (p.gate) return region.d;
+  return p.delay || !region.gated ? region.delta : region.g;
+}
+
+// What a projection hears, row 0.
+const void* CudaModel::heard_by(const ProjectionSpec& p) const {
+  if (p.src == kFromEmbedding) return x_;
+  return p.delay ? regions_[p.src].s : regions_[p.src].emitted;
+}
+
+void CudaModel::build_lists() {
+  const int64_t dim_tiles = spec_.dim / kBlock;
+  ListBuilder drive(tiles_), gate(tiles_), pull(tiles_), embed_pull(dim_tiles), hear(dim_tiles);
+  // Terms of the brain launch by tile: gates, drives, delayed.
+  std::vector<std::array<std::vector<Term>, 3>> brain(tiles_);
+  std::vector<BlockJob> jobs;
+  const auto at = [&](const void* real, int64_t column) {
+    return static_cast<const char*>(real) + column * kBlock * real_size();
+  };
+  for (size_t i = 0; i < spec_.projections.size(); ++i) {
+    const ProjectionSpec& p = spec_.projections[i];
+    const int64_t blocks = first_block_[i + 1] - first_block_[i], columns = spec_.width(p.src) / kBlock;
+    if (static_cast<int64_t>(p.cols.size()) != blocks) {
+      throw std::invalid_argument(p.key + ".cols: expected " + std::to_string(blocks) + " entries, got " +
+                                  std::to_string(p.cols.size()));
+    }
+    const bool embedded = p.src == kFromEmbedding, spoken = p.dst == spec_.readout();
+    const int source_ld = spec_.width(p.src), error_ld = spec_.width(p.dst);
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t row = b / p.blocks_per_row, col = p.cols[b];
+      if (col < 0 || col >= columns) {
+        throw std::invalid_argument(p.key + ".cols: expected block columns in 0.." + std::to_string(columns - 1) +
+                                    ", got " + std::to_string(col) + " at block " + std::to_string(b));
+      }
+      const int32_t block = static_cast<int32_t>(first_block_[i] + b), column = static_cast<int32_t>(col * kBlock);
+      const Term forward{at(heard_by(p), col), source_ld, block, -1, p.delay, p.src, column};
+      const Term backward{at(error_of(p), row), error_ld, block, -1, 0, -1, 0};
+      jobs.push_back(
+          {at(error_of(p), row), at(heard_by(p), col), error_ld, source_ld, p.delay ? p.src : -1, column, p.delay, 0});
+      if (spoken) {
+        hear.of[row].push_back(forward);
+      } else {
+        const int64_t tile = regions_[p.dst].first_tile + row;
+        if (embedded) {
+          (p.gate ? gate : drive).of[tile].push_back(forward);
+        } else {
+          brain[tile][p.gate ? 0 : p.delay ? 2 : 1].push_back(forward);
+        }
+      }
+      if (embedded) {
+        embed_pull.of[col].push_back(backward);
+      } else if (p.delay == 0) {
+        pull.of[regions_[p.src].first_tile + col].push_back(backward);
+      }
+    }
+  }
+  const auto put = [&](TermList& list, const ListBuilder& built) {
+    upload(list.terms, built.terms());
+    upload(list.begin, built.begin());
+  };
+  put(embed_drive_, drive);
+  put(embed_gate_, gate);
+  put(pull_, pull);
+  put(embed_pull_, embed_pull);
+  put(hear_, hear);
+  upload(jobs_, jobs);
+  std::vector<TileName> names(tiles_);
+  for (size_t r = 0; r < regions_.size(); ++r) {
+    for (int tile = 0; tile < regions_[r].n / kBlock; ++tile) {
+      names[regions_[r].first_tile + tile] = {static_cast<int32_t>(r), tile * kBlock};
+    }
+  }
+  upload(tile_names_, names);
+  upload(region_views_, regions_);
+  plan_launch(names, brain);
+}
+
+// Tiles go to blocks of threads, one block per multiprocessor, the costliest first to the least loaded. The weights of
+// a block's tiles stay in its shared memory until that is full.
+void CudaModel::plan_launch(const std::vector<TileName>& names,
+                            const std::vector<std::array<std::vector<Term>, 3>>& brain) {
+  int processors = 0, shared_limit = 0;
+  NG_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, spec_.device));
+  NG_CUDA(cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, spec_.device));
+  base_grid_ = std::min(processors, tiles_);
+  replicas_ = processors / base_grid_;
+  std::vector<int> order(tiles_);
+  std::iota(order.begin(), order.end(), 0);
+  const auto terms_of = [&](int tile) { return brain[tile][0].size() + brain[tile][1].size() + brain[tile][2].size(); };
+  std::stable_sort(order.begin(), order.end(), [&](int x, int y) { return terms_of(x) > terms_of(y); });
+  using Load = std::pair<int64_t, int>;
+  std::priority_queue<Load, std::vector<Load>, std::greater<Load>> loads;
+  for (int block = 0; block < base_grid_; ++block) loads.push({0, block});
+  std::vector<std::vector<int>> owned(base_grid_);
+  for (int tile : order) {
+    auto [cost, block] = loads.top();
+    loads.pop();
+    owned[block].push_back(tile);
+    loads.push({cost + static_cast<int64_t>(terms_of(tile)) + kTileCost, block});
+  }
+
+  const size_t fixed = regions_.size() * (sizeof(RegionView) + sizeof(StateView)),
+               block_bytes = kBlockArea * real_size();
+  size_t listed = 0;  // bytes of the largest share's tables
+  for (std::vector<int>& tiles : owned) {
+    std::sort(tiles.begin(), tiles.end());
+    size_t bytes = 0;
+    for (int tile : tiles) bytes += sizeof(BrainTile) + terms_of(tile) * sizeof(Term);
+    listed = std::max(listed, bytes);
+  }
+  shared_limit_ = static_cast<size_t>(shared_limit);
+  const bool tables_shared = fixed + listed + 64 <= shared_limit_ / 2;
+  table_bytes_ = ((tables_shared ? fixed + listed : 0) + 127) / 128 * 128;
+  const int slots = static_cast<int>((shared_limit_ - table_bytes_) / block_bytes);
+
+  std::vector<BrainTile> tiles;
+  std::vector<Term> terms;
+  std::vector<Share> shares;
+  std::vector<int32_t> resident;
+  for (const std::vector<int>& mine : owned) {
+    Share share{};
+    share.tile_begin = static_cast<int32_t>(tiles.size());
+    share.term_begin = static_cast<int32_t>(terms.size());
+    share.resident_begin = static_cast<int32_t>(resident.size());
+    int slot = 0;
+    for (int tile : mine) {
+      BrainTile entry{names[tile].region, names[tile].offset, regions_[names[tile].region].rank, 0, {}};
+      for (int kind = 0; kind < 3; ++kind) {
+        entry.terms[kind] = static_cast<int32_t>(terms.size()) - share.term_begin;
+        for (Term term : brain[tile][kind]) {
+          if (slot < slots) {
+            term.slot = slot++;
+            resident.push_back(term.block);
+          }
+          terms.push_back(term);
+        }
+      }
+      entry.terms[3] = static_cast<int32_t>(terms.size()) - share.term_begin;
+      tiles.push_back(entry);
+    }
+    share.tiles = static_cast<int32_t>(mine.size());
+    share.terms = static_cast<int32_t>(terms.size()) - share.term_begin;
+    share.residents = slot;
+    most_slots_ = std::max(most_slots_, slot);
+    most_tiles_ = std::max(most_tiles_, share.tiles);
+    most_terms_ = std::max<int64_t>(most_terms_, share.terms);
+    shares.push_back(share);
+  }
+  upload(brain_tiles_, tiles);
+  upload(brain_terms_, terms);
+  upload(shares_, shares);
+  upload(resident_, resident);
+
+  stream_group_ = stream_group_override();
+}
+
+// Of a call with all streams and tokens.
+std::vector<std::pair<std::string, std::string>> CudaModel::execution_plan() const {
+  const BrainShape shape = brain_shape(spec_.streams, spec_.max_tokens);
+  const auto kib = [](size_t bytes) { return std::to_string((bytes + 512) >> 10) + " KiB"; };
+  return {{"device", cuda_device(spec_.device).name},
+          {"precision", spec_.bf16 ? "bf16" : "fp32"},
+          {"brain launch", std::to_string(shape.grid) + " blocks of " + std::to_string(kBrainThreads) +
+                               " threads, shared memory of each: " + kib(shape.shared_bytes)},
+          {"streams at a time", std::to_string(shape.group)},
+          {"v and w", shape.local_bytes ? "in shared memory" : "in global memory"},
+          {"weights between neurons", "up to " + kib(shape.slots * kBlockArea * real_size()) + " of " +
+                                          kib(most_terms_ * kBlockArea * real_size()) +
+                                          " in the shared memory of a block, the rest is streamed"},
+          {"logits at a time", std::to_string(logit_rows_) + " rows"}};
+}
+
+}  // namespace neurogen::cuda

@@ -1,0 +1,315 @@
+// Forward: embedding products of all tokens, the brain in one persistent cooperative launch, the readout of all tokens.
+//
+// The brain launch: blocks of threads own tiles of 32 neurons for the whole call, with their weights in shared memory
+// as far as those fit, and v and w there too. A warp takes its tiles in wavefront order: at tick k the regions of level
+// l work on token k - l, so everything a tick reads is of an earlier tick, and waiting for it (brain.cuh) always ends.
+// Spikes go through the L2 cache: the arrays that the backward pass needs anyway are the delay lines. Groups of streams
+// whose state does not fit together run one after the other inside the launch.
+#include <algorithm>
+
+#include "batched_product.cuh"
+#include "brain.cuh"
+
+namespace neurogen::cuda {
+namespace {
+
+constexpr int kResidentTokens = 4;       // from so many tokens on it pays to load weights into shared memory
+constexpr int kGlobalStateStreams = 64;  // streams at a time where v and w do not fit shared memory
+constexpr int kWide = 256;
+constexpr float kRmsEpsilon = 1e-5f;
+
+__device__ void copy_words(void* to, const void* from, size_t bytes) {
+  for (size_t i = threadIdx.x; i < bytes / 4; i += blockDim.x) {
+    static_cast<int*>(to)[i] = static_cast<const int*>(from)[i];
+  }
+}
+
+// Tables and resident weights of this share, in shared memory.
+template <class Real>
+__device__ BrainTables<Real> fill_shared(const BrainCall& call, const Share& share, char* shared,
+                                         const BrainTile** tiles) {
+  BrainTables<Real> out{call.regions, call.states, call.terms + share.term_begin, nullptr};
+  *tiles = call.tiles + share.tile_begin;
+  if (call.table_bytes) {
+    char* at = shared;
+    const auto bring = [&](const auto* from, int count) {
+      using T = std::remove_cv_t<std::remove_pointer_t<decltype(from)>>;
+      static_assert(sizeof(T) % 8 == 0, "tables are stacked and hold pointers");
+      copy_words(at, from, count * sizeof(T));
+      const T* there = reinterpret_cast<const T*>(at);
+      at += count * sizeof(T);
+      return there;
+    };
+    out.regions = bring(out.regions, call.region_count);
+    out.states = bring(out.states, call.region_count);
+    out.terms = bring(out.terms, share.terms);
+    *tiles = bring(*tiles, share.tiles);
+  }
+  Real* blocks = reinterpret_cast<Real*>(shared + call.table_bytes);
+  constexpr int kPieces = kBlockArea * sizeof(Real) / sizeof(uint4);
+  for (int i = threadIdx.x; i < min(share.residents, call.slots) * kPieces; i += blockDim.x) {
+    const int64_t block = call.resident[share.resident_begin + i / kPieces];
+    reinterpret_cast<uint4*>(blocks)[i] = reinterpret_cast<const uint4*>(call.weights)[block * kPieces + i % kPieces];
+  }
+  out.resident = blocks;
+  __syncthreads();
+  return out;
+}
+
+// Steps: a warp works on Steps * 8 streams at a time.
+template <class Real, int Steps>
+__global__ void __launch_bounds__(kBrainThreads, 1) run_brain_kernel(BrainCall call) {
+  extern __shared__ uint4 shared[];
+  const int replica = blockIdx.x / call.base_grid, replicas = gridDim.x / call.base_grid;
+  const Share share = call.shares[blockIdx.x % call.base_grid];
+  const BrainTile* tiles;
+  const BrainTables<Real> tables = fill_shared<Real>(call, share, reinterpret_cast<char*>(shared), &tiles);
+  auto* local = reinterpret_cast<LocalState<Steps>*>(reinterpret_cast<char*>(shared) + call.table_bytes +
+                                                     call.slots * kBlockArea * sizeof(Real));
+  const int ticks = call.tokens + call.levels - 1;
+  for (int first = 0; first < call.streams; first += call.stream_group) {
+    const int streams = min(call.stream_group, call.streams - first);
+    const int chunks = (streams + Steps * kRows - 1) / (Steps * kRows);
+    const int mine = (chunks - replica + replicas - 1) / replicas;  // chunks replica, replica + replicas, ...
+    for (int tick = 0; tick < ticks; ++tick) {
+      for (int item = threadIdx.x / 32; item < share.tiles * mine; item += kBrainThreads / 32) {
+        const BrainTile& tile = tiles[item % share.tiles];
+        const int token = tick - tile.rank;
+        if (token < 0 || token >= call.tokens) continue;
+        const int begin = (replica + item / share.tiles * replicas) * Steps * kRows;
+        run_tile<Real, Steps>(call, tables, tile, token, first + begin, min(streams - begin, Steps * kRows),
+                              call.local_state ? local + item : nullptr);
+      }
+    }
+  }
+}
+
+// Every spike of the call becomes "not written yet". blockIdx.y: region.
+template <class Real>
+__global__ void hush_kernel(const RegionView* regions, int64_t rows) {
+  const RegionView& region = regions[blockIdx.y];
+  const int64_t words = rows * region.n * sizeof(Real) / sizeof(uint4);
+  for (void* spikes : {region.s, region.emitted}) {
+    uint4* to = static_cast<uint4*>(spikes);
+    for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < words; i += int64_t{gridDim.x} * blockDim.x) {
+      to[i] = uint4{~0u, ~0u, ~0u, ~0u};
+    }
+    if (region.s == region.emitted) return;
+  }
+}
+
+template <class Real>
+struct StoreDrive {
+  const RegionView* regions;
+  const TileName* tiles;
+  __device__ void operator()(int tile, int lane, int64_t row, float4 sums) const {
+    const RegionView& region = regions[tiles[tile].region];
+    const int neuron = tiles[tile].offset + lane;
+    const float4 bias = load4(region.bias + neuron);
+    store4(static_cast<Real*>(region.d) + row * region.n + neuron,
+           {bias.x + sums.x, bias.y + sums.y, bias.z + sums.z, bias.w + sums.w});
+  }
+};
+
+template <class Real>
+struct StoreGate {
+  const RegionView* regions;
+  const TileName* tiles;
+  __device__ void operator()(int tile, int lane, int64_t row, float4 sums) const {
+    const RegionView& region = regions[tiles[tile].region];
+    if (region.gated) store4(static_cast<Real*>(region.g) + row * region.n + tiles[tile].offset + lane, sums);
+  }
+};
+
+struct StoreRows {
+  float* out;
+  int64_t ld;
+  __device__ void operator()(int tile, int lane, int64_t row, float4 sums) const {
+    store4(out + row * ld + tile * kBlock + lane, sums);
+  }
+};
+
+// o_t = kappa o_{t-1} + (1-kappa) r_t in place of r; a thread follows one channel of one stream.
+__global__ void integrate_kernel(const float* kappa, const float* before, const uint8_t* resets, int streams,
+                                 int tokens, int64_t dim, float* o, Verdict* verdict) {
+  const int64_t at = int64_t{blockIdx.x} * blockDim.x + threadIdx.x, step = streams * dim;
+  if (at >= step) return;
+  const float keep = kappa[at % dim];
+  float value = before[at];
+  for (int token = 0; token < tokens; ++token) {
+    if (resets && resets[int64_t{token} * streams + at / dim]) value = 0.0f;
+    value = keep * value + (1.0f - keep) * o[token * step + at];
+    o[token * step + at] = value;
+  }
+  if (!(fabsf(value) <= kLargestState)) atomicOr(&verdict->state_not_finite, 1);
+}
+
+// broca = o / sqrt(mean(o^2) + eps); a warp a row.
+template <class Real>
+__global__ void normalize_kernel(const float* o, int64_t rows, int64_t dim, float* broca, Real* broca_real,
+                                 float* inverse_rms) {
+  const int64_t row = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / 32;
+  if (row >= rows) return;
+  const int lane = threadIdx.x % 32 * 4;
+  float squares = 0;
+  for (int64_t j = lane; j < dim; j += 128) {
+    const float4 x = load4(o + row * dim + j);
+    squares += x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
+  }
+  const float factor = 1.0f / sqrtf(warp_sum(squares) / dim + kRmsEpsilon);
+  for (int64_t j = lane; j < dim; j += 128) {
+    const float4 x = load4(o + row * dim + j);
+    const float4 y = {x.x * factor, x.y * factor, x.z * factor, x.w * factor};
+    store4(broca + row * dim + j, y);
+    if (broca_real) store4(broca_real + row * dim + j, y);
+  }
+  if (inverse_rms && threadIdx.x % 32 == 0) inverse_rms[row] = factor;
+}
+
+// Spikes of every neuron in the call: exact in any order, they are whole numbers.
+template <class Real>
+__global__ void count_spikes_kernel(const RegionView* regions, const TileName* tiles, int64_t rows) {
+  const TileName tile = tiles[blockIdx.x];
+  const RegionView& region = regions[tile.region];
+  const Real* u = static_cast<const Real*>(region.u) + tile.offset + threadIdx.x % 32;
+  const int64_t warps = int64_t{gridDim.y} * blockDim.x / 32;
+  int count = 0;
+  for (int64_t row = (int64_t{blockIdx.y} * blockDim.x + threadIdx.x) / 32; row < rows; row += warps) {
+    count += to_float(u[row * region.n]) > 0;
+  }
+  if (count) atomicAdd(region.spike_count + tile.offset + threadIdx.x % 32, count);
+}
+
+template <class Real>
+void* brain_kernel(int steps) {
+  return reinterpret_cast<void*>(steps == 1   ? &run_brain_kernel<Real, 1>
+                                 : steps == 2 ? &run_brain_kernel<Real, 2>
+                                              : &run_brain_kernel<Real, 4>);
+}
+
+}  // namespace
+
+Dropout CudaModel::dropout() const {
+  const float p = train_dropout_ ? spec_.dropout : 0.0f;
+  return {p, static_cast<float>(1.0 / (1.0 - static_cast<double>(p))), static_cast<uint32_t>(spec_.seed),
+          static_cast<uint32_t>(spec_.seed >> 32) ^ static_cast<uint32_t>(call_)};
+}
+
+void CudaModel::forward() {
+  refresh_derived();
+  with_real(spec_.bf16, [&](auto real) {
+    using Real = decltype(real);
+    multiply_blocks<Real>(stream_.get(), embed_drive_, forward_blocks_, rows_, 0, tiles_,
+                          StoreDrive<Real>{region_views_, tile_names_});
+    launched();
+    multiply_blocks<Real>(stream_.get(), embed_gate_, forward_blocks_, rows_, 0, tiles_,
+                          StoreGate<Real>{region_views_, tile_names_});
+    launched();
+    run_brain();
+    multiply_blocks<Real>(stream_.get(), hear_, forward_blocks_, rows_, 0, spec_.dim / kBlock,
+                          StoreRows{o_, spec_.dim});
+    launched();
+  });
+  const int64_t channels = int64_t{call_streams_} * spec_.dim;
+  integrate_kernel<<<static_cast<int>((channels + 127) / 128), 128, 0, stream_.get()>>>(
+      kappa_, active_->o(), has_resets_ ? resets_ : nullptr, call_streams_, call_tokens_, spec_.dim, o_, verdict_);
+  launched();
+  normalize_rows(o_, rows_, broca_, broca_real_, inverse_rms_);
+}
+
+void CudaModel::normalize_rows(const float* o, int64_t rows, float* broca, void* broca_real, float* inverse_rms) {
+  with_real(spec_.bf16, [&](auto real) {
+    using Real = decltype(real);
+    normalize_kernel<<<static_cast<int>((rows * 32 + kWide - 1) / kWide), kWide, 0, stream_.get()>>>(
+        o, rows, int64_t{spec_.dim}, broca, static_cast<Real*>(broca_real), inverse_rms);
+  });
+  launched();
+}
+
+// How many streams run at a time, and what is kept in shared memory: v and w before weights, for those are read and
+// written each tick.
+BrainShape CudaModel::brain_shape(int streams, int tokens) const {
+  const auto shape_of = [&](int group) {
+    BrainShape shape{};
+    shape.group = group;
+    shape.steps = group <= kRows ? 1 : group <= 2 * kRows ? 2 : 4;
+    const int chunks = (group + shape.steps * kRows - 1) / (shape.steps * kRows);
+    const int replicas = std::min(replicas_, chunks);
+    shape.grid = base_grid_ * replicas;
+    const int items = most_tiles_ * ((chunks + replicas - 1) / replicas);
+    const size_t item = shape.steps == 1   ? sizeof(LocalState<1>)
+                        : shape.steps == 2 ? sizeof(LocalState<2>)
+                                           : sizeof(LocalState<4>);
+    shape.local_bytes = items * item;
+    return shape;
+  };
+  constexpr int kUnitStreams = 4 * kRows;
+  const int limit = stream_group_ ? std::min(stream_group_, streams) : streams;
+  BrainShape shape = shape_of(limit);
+  for (int groups = 2; table_bytes_ + shape.local_bytes > shared_limit_ && shape.group > kUnitStreams; ++groups) {
+    const int even = (streams + groups - 1) / groups;
+    shape = shape_of(std::min(shape.group, (even + kUnitStreams - 1) / kUnitStreams * kUnitStreams));
+  }
+  if (table_bytes_ + shape.local_bytes > shared_limit_) {
+    shape = shape_of(std::min(limit, kGlobalStateStreams));
+    shape.local_bytes = 0;
+  }
+  const size_t block_bytes = kBlockArea * real_size();
+  if (tokens >= kResidentTokens) {
+    shape.slots =
+        std::min(most_slots_, static_cast<int>((shared_limit_ - table_bytes_ - shape.local_bytes) / block_bytes));
+  }
+  shape.shared_bytes = table_bytes_ + shape.local_bytes + shape.slots * block_bytes;
+  return shape;
+}
+
+void CudaModel::run_brain() {
+  const BrainShape shape = brain_shape(call_streams_, call_tokens_);
+  BrainCall call{region_views_,
+                 active_->views(),
+                 brain_tiles_,
+                 brain_terms_,
+                 shares_,
+                 resident_,
+                 forward_blocks_,
+                 has_resets_ ? resets_ : nullptr,
+                 age_,
+                 verdict_,
+                 call_streams_,
+                 call_tokens_,
+                 levels_,
+                 shape.group,
+                 static_cast<int>(regions_.size()),
+                 base_grid_,
+                 static_cast<int>(table_bytes_),
+                 shape.slots,
+                 shape.local_bytes > 0,
+                 spec_.graded,
+                 spec_.max_spike,
+                 dropout()};
+  const dim3 hush_grid(std::clamp<int>(static_cast<int>(rows_), 8, 512), static_cast<unsigned>(regions_.size()));
+  with_real(spec_.bf16, [&](auto real) {
+    hush_kernel<decltype(real)><<<hush_grid, kWide, 0, stream_.get()>>>(region_views_, rows_);
+  });
+  launched();
+  NG_CUDA(cudaMemsetAsync(spike_counts_, 0, sizeof(int) * total_neurons(), stream_.get()));
+  void* kernel = spec_.bf16 ? brain_kernel<bf16>(shape.steps) : brain_kernel<float>(shape.steps);
+  NG_CUDA(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes)));
+  void* arguments[] = {&call};
+  NG_CUDA(cudaLaunchCooperativeKernel(kernel, dim3(shape.grid), dim3(kBrainThreads), arguments, shape.shared_bytes,
+                                      stream_.get()));
+  launched();
+  if (!call.local_state) count_spikes();
+}
+
+// Where the brain launch had no room to count.
+void CudaModel::count_spikes() {
+  const dim3 grid(tiles_, static_cast<unsigned>(std::clamp<int64_t>(rows_ / 256, 1, 64)));
+  with_real(spec_.bf16, [&](auto real) {
+    count_spikes_kernel<decltype(real)><<<grid, kWide, 0, stream_.get()>>>(region_views_, tile_names_, rows_);
+  });
+  launched();
+}
+
+}  // namespace neurogen::cuda

@@ -1,0 +1,341 @@
+// The CUDA model. One call (calls.cpp) walks: tokens.cu (staging) -> forward.cu (embedding products, the persistent
+// brain launch, readout) -> decoder.cu (loss) -> backward.cu (batched e-prop) -> weights.cu and embedding.cu
+// (gradients) -> optimizer.cu (AdamW) -> tokens.cu commit(), all on one stream, and then waits once (finish()).
+//
+// Layout: activations of a region are [M, n], M = T*S rows, row = t*S + b, in Real (numbers.cuh). Weights are 32 x 32
+// blocks, numbered across all projections, and block_product.cuh says how a warp multiplies by one.
+// Decisions that depend on results (is the loss finite? is an id in range?) are flags in `Verdict`, device memory: the
+// optimizer and commit() look there, the host reads them at the end of the call.
+// Sums have one order for given sizes: no float atomics, and no order that depends on how streams are grouped.
+#pragma once
+
+#include <array>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "arena.h"
+#include "cublas.h"
+#include "device.h"
+#include "neurogen/model.h"
+#include "state.h"
+
+namespace neurogen::cuda {
+
+struct Dropout;
+
+// How one brain launch runs its streams.
+struct BrainShape {
+  int group, steps, grid, slots;  // streams at a time, of a warp in units of kRows, blocks of threads, resident blocks
+  size_t local_bytes, shared_bytes;  // of v, w and counts (0: they stay in global memory), and in all
+};
+
+constexpr int kUnit = kBlockArea;   // values that the optimizer takes at a time
+constexpr int kBrainThreads = 512;  // of a block of the brain launch
+constexpr int kNormBlocks = 1056;   // blocks that share the gradient's norm: fixed, so that its bits are
+constexpr int kSegmentRows = 32;    // sorted rows that a block of threads adds up (embedding.cu)
+constexpr size_t kBlasWorkspace = size_t{32} << 20;
+
+// What a region looks like to a kernel.
+struct RegionView {
+  int32_t n, rank, gated;
+  int32_t history;     // K
+  int32_t first_tile;  // number of its first tile among all regions' tiles
+  int32_t reserved;
+  const float *bias, *alpha, *rho, *a, *b;  // [n]
+  void *u, *s, *emitted;                    // Real [M, n]; emitted = s through dropout (s itself without)
+  void *d, *g;                // Real [M, n]; g only where gated. Forward: drive and G; backward: dg and dd
+  void* delta;                // Real [M, n]: L, then dE/dI; shares d where there is no gate
+  int* spike_count;           // [n] spikes of this call
+  float *dbias, *dbias_part;  // [n], [B, n]
+};
+
+// One 32 x 32 block of a sum: block * (32 columns of source), for a warp's rows.
+struct Term {
+  const void* source;  // Real, row 0, first of the 32 columns
+  int32_t ld;          // its row length
+  int32_t block;       // number of the weight block
+  int32_t slot;        // forward launch: where in shared memory it stays, -1 = streamed
+  int32_t delay;       // rows of source are read `delay` tokens back; 0 for everything outside the brain launch
+  int32_t region;      // source region (delayed terms: its carried spikes)
+  int32_t column;      // first of the 32 columns
+};
+
+// Terms of consecutive receivers (tiles of 32): receiver i has terms[begin[i] .. begin[i + 1]).
+struct TermList {
+  Term* terms = nullptr;
+  int32_t* begin = nullptr;
+};
+
+// Tile of 32 neurons; tiles are numbered in order of level.
+struct TileName {
+  int32_t region, offset;  // neurons offset .. offset + 31 of the region
+};
+
+// The same for the brain launch, in the order of shares. Its terms, counted from the share's first: gates
+// [terms[0], terms[1]), drives [terms[1], terms[2]), delayed [terms[2], terms[3]).
+struct BrainTile {
+  int32_t region, offset, rank, reserved;
+  int32_t terms[4];
+};
+
+// What one block of threads of the brain launch owns.
+struct Share {
+  int32_t tile_begin, tiles, term_begin, terms, resident_begin, residents;
+};
+
+// One weight block for the weight-gradient kernel.
+struct BlockJob {
+  const void* error;   // Real, row 0, first of 32 receivers
+  const void* source;  // Real, row 0, first of 32 sources
+  int32_t error_ld, source_ld;
+  int32_t region, column, delay;  // of a delayed source: its carried spikes; region -1 otherwise
+  int32_t pad;
+};
+
+// What the host learns of a call, and what later kernels of the call decide by.
+struct Verdict {
+  double divisor, loss, homeostasis, squares;  // squares: of the gradient's norm
+  long long correct, tokens;
+  int bad_id, bad_weight;  // 1 + position in [S, T] of a wrong value in a device array (the last one), 0 = none
+  int state_not_finite, loss_not_finite;
+  int ok;     // nothing above is wrong
+  int heard;  // tokens of a generation that the state took in
+};
+
+// Sampling arguments with the position of the next draw, in device memory so that a captured graph reads them.
+struct Draw {
+  Sampling sampling;
+  int64_t kept;  // draws of every stream kept in drawn_
+};
+
+class CudaModel final : public Model {
+ public:
+  explicit CudaModel(const ModelSpec& spec);
+  ~CudaModel() override;
+
+  static MemoryPlan plan(const ModelSpec& spec);
+
+  std::vector<Tensor>& tensors() override { return tensors_; }
+  void read(const void* from, void* host, size_t bytes) override;
+  void write(void* to, const void* host, size_t bytes) override;
+  void parameters_written() override { derived_stale_ = true; }
+  void gradients_exposed() override { scan_embedding_rows_ = true; }
+  State& state() override { return *state_; }
+  std::unique_ptr<State> new_state(int streams) override;
+
+  void train(const Tokens&, const Targets&, const AdamW&, uint64_t call, StepStats*) override;
+  void backward(const Tokens&, const Targets&, uint64_t call, bool accumulate, StepStats*) override;
+  void update(const AdamW&, StepStats*) override;
+  void advance(State& state, const Tokens&, float* broca) override;
+  double evaluate(State& state, const Tokens&, const Input& targets) override;
+  int generate(State& state, float* broca, const Sampling&, int count, int32_t* ids) override;
+  void step(const float* x, bool hold) override;
+  void learn_held(const int32_t* ids, const Targets&, const AdamW&, StepStats*) override;
+  void broca_output(float* out) override;
+  void encode(const int32_t* ids, int64_t count, float* out) override;
+  void logits(const float* broca, int64_t rows, float* out) override;
+  void sample(const float* broca, int64_t rows, const Sampling&, int32_t* ids) override;
+
+  double rate(int region) const override { return rates_[region]; }
+  void recorded(int region, float* u, float* s) const override;
+  uintptr_t stream() const override { return reinterpret_cast<uintptr_t>(stream_.get()); }
+  void wait_for(uintptr_t stream) override;
+  Counters counters() const override { return counters_; }
+  std::vector<std::pair<std::string, std::string>> execution_plan() const override;
+
+ private:
+  struct MeasureOnly {};
+  CudaModel(const ModelSpec& spec, MeasureOnly);
+
+  // model.cpp: sizes and memory
+  void connect();
+  void lay_out();
+  void lay_out_parameters();
+  void lay_out_workspace();
+  void lay_out_connectome();
+  float* parameter(const std::string& key, std::vector<int64_t> shape, bool trainable, bool decay);
+  size_t real_size() const { return spec_.bf16 ? 2 : 4; }
+  void* take_real(const char* part, int64_t count) { return arena_.take<char>(part, count * real_size()); }
+
+  // connectome.cpp: the lists of terms, tiles and jobs
+  const void* error_of(const ProjectionSpec& p) const;
+  const void* heard_by(const ProjectionSpec& p) const;
+  void build_lists();
+  void plan_launch(const std::vector<TileName>& names, const std::vector<std::array<std::vector<Term>, 3>>& brain);
+  template <class T>
+  void upload(T* to, const std::vector<T>& from);
+
+  // tokens.cu
+  void begin(CudaState& state, int streams, int tokens);
+  void set_verdict(bool ok, bool state_not_finite);
+  const void* arrive(const Input& input, size_t bytes);
+  void stage(CudaState& state, const Tokens& tokens);
+  void stage_ids(const Input& ids);
+  void stage_targets(const Targets& targets);
+  void gather_rows();  // x_ = embedding rows of the staged ids
+  void encode_rows(const int32_t* ids, int64_t count, float* out);
+  void stage_rows(const float* x);                 // x_ = the caller's rows (host)
+  void summarize(bool want_predictions);           // Verdict: loss, rates, homeostasis, ok
+  void judge(bool with_losses);                    // Verdict of a call that does not learn
+  void commit();                                   // where ok
+  const Verdict& finish(size_t prediction_bytes);  // one copy back, the one wait, errors of device arrays
+  void report(const Targets& targets, StepStats* stats);
+  void set_draw(const Sampling& sampling);
+  void keep_drawn();  // appends ids_ to drawn_, moves to the next position
+
+  // forward.cu
+  void forward();
+  void run_brain();
+  BrainShape brain_shape(int streams, int tokens) const;
+  void count_spikes();
+  Dropout dropout() const;
+  void normalize_rows(const float* o, int64_t rows, float* broca, void* broca_real, float* inverse_rms);
+
+  // decoder.cu
+  void lay_out_decoder();
+  void score(bool want_gradient, bool accumulate);  // row_loss_, row_best_; with the gradient d_broca_, dW, dc
+  void logits_on_device(const void* broca_real, int64_t rows, float* out);  // float [rows, V] with the bias
+  void to_real(const float* from, int64_t count, void* to);
+
+  // sampling.cu
+  void draw(const float* logits, int64_t rows, const Draw* arguments, int64_t first_row, int32_t* ids);
+  float* sampling_logits() const { return static_cast<float*>(logits_); }
+  int64_t sampling_rows() const {  // float rows that fit there
+    return logit_rows_ * logit_ld_ * static_cast<int64_t>(real_size()) /
+           (static_cast<int64_t>(sizeof(float)) * spec_.vocab);
+  }
+
+  // backward.cu
+  void learn(bool accumulate);
+  void readout_errors();
+  void learn_level(int level);
+
+  // weights.cu
+  void weight_gradients(bool accumulate);
+  void bias_gradients(bool accumulate);
+
+  // embedding.cu
+  void clear_embedding_gradient();
+  void embedding_gradient();
+  size_t sort_bytes() const;
+  void check_sort_bytes() const;
+
+  // optimizer.cu
+  void refresh_derived();
+  void launch_update(const AdamW& adam);  // norm, decision, AdamW, derived copies
+
+  // calls.cpp
+  void run(const Tokens& tokens, const Targets& targets, uint64_t call, const AdamW* adam, bool accumulate,
+           StepStats* stats);
+  void score_and_learn(const Targets& targets, const AdamW* adam, bool accumulate, StepStats* stats);
+  template <class Body>
+  void for_logits(const float* broca, int64_t rows, Body body);
+  void speak();
+  void capture();
+
+  void wait();
+  void launched();                                          // counts a launch and checks it
+  void copy_in(void* to, const void* from, size_t bytes);   // from pinned memory
+  void copy_out(void* to, const void* from, size_t bytes);  // to pinned memory
+  char* pinned(size_t bytes);                               // staging of this call; throws when it would not fit
+
+  ModelSpec spec_;
+  Arena arena_;
+  DeviceMemory memory_;
+  PinnedMemory pinned_;
+  size_t pinned_size_ = 0, pinned_used_ = 0, inbox_size_ = 0, outbox_size_ = 0;
+  const char* result_ = nullptr;  // the outbox in pinned memory, after finish()
+  Stream stream_;
+  Event done_, arrived_;
+  GraphExec graph_;
+  mutable Counters counters_;
+  std::unique_ptr<Cublas> cublas_;
+  std::vector<Tensor> tensors_;
+  std::unique_ptr<CudaState> state_;
+  bool derived_stale_ = true, scan_embedding_rows_ = false;
+
+  // Connectome (host side).
+  std::vector<RegionView> regions_;  // in the order of the spec
+  std::vector<int> sequence_,
+      level_begin_;                   // regions by level; tiles of level i: [level_begin_[i], level_begin_[i + 1])
+  std::vector<int64_t> first_block_;  // of every projection, and the total
+  std::vector<int> history_;
+  int tiles_ = 0, levels_ = 0;
+  int64_t total_neurons() const { return int64_t{tiles_} * kBlock; }
+  int64_t blocks_ = 0;
+  // The same on the device.
+  RegionView* region_views_ = nullptr;
+  TileName* tile_names_ = nullptr;                         // [tiles]
+  TermList embed_drive_, embed_gate_, pull_, embed_pull_;  // receivers: tiles, tiles, tiles, D/32
+  TermList hear_;                                          // receivers: D/32
+  BlockJob* jobs_ = nullptr;                               // [blocks]
+  // Brain launch: base_grid_ shares, each worked on by up to replicas_ blocks of threads that divide the streams.
+  int base_grid_ = 0, replicas_ = 0, stream_group_ = 0;
+  int most_tiles_ = 0, most_slots_ = 0;  // of a share
+  int64_t most_terms_ = 0;
+  size_t table_bytes_ = 0, shared_limit_ = 0;
+  BrainTile* brain_tiles_ = nullptr;  // [tiles]
+  Term* brain_terms_ = nullptr;
+  Share* shares_ = nullptr;      // [base_grid]
+  int32_t* resident_ = nullptr;  // blocks that stay in shared memory, share by share
+
+  // Parameters: [blocks | decoder | decoder bias | region biases | embedding], each padded to kUnit values, so that one
+  // launch updates them all; gradients and moments have the same offsets.
+  float *weights_ = nullptr, *gradients_ = nullptr, *moment1_ = nullptr, *moment2_ = nullptr;
+  int64_t units_ = 0;  // without an untied embedding
+  int64_t decoder_unit_ = 0, decoder_units_ = 0, decay_units_ = 0;
+  float *embedding_ = nullptr, *d_embedding_ = nullptr;            // [V, D]
+  float *decoder_ = nullptr, *d_decoder_ = nullptr;                // [V, D]; the embedding's where tied
+  float *decoder_bias_ = nullptr, *d_decoder_bias_ = nullptr;      // [V]
+  float* kappa_ = nullptr;                                         // [D]
+  void *forward_blocks_ = nullptr, *transposed_blocks_ = nullptr;  // Real [blocks, 32, 32], see block_product.cuh
+  void* decoder_real_ = nullptr;                                   // Real [V, D]
+  uint8_t* row_touched_ = nullptr;                                 // [V] embedding rows with a gradient
+
+  // The call under way.
+  CudaState* active_ = nullptr;
+  int call_streams_ = 0, call_tokens_ = 0;
+  int64_t capacity_ = 0, rows_ = 0;
+  bool train_dropout_ = false, held_ = false, held_sound_ = false, has_resets_ = false;
+  uint64_t call_ = 0;
+  Verdict* verdict_ = nullptr;                      // the outbox: verdict, rates, predictions
+  double* rate_sums_ = nullptr;                     // [regions] spikes of the call per neuron and token
+  int32_t* predictions_ = nullptr;                  // [S, T]
+  double* region_part_ = nullptr;                   // [regions]
+  int* spike_counts_ = nullptr;                     // [N]
+  char* inbox_ = nullptr;                           // host arrays of the call, as the user has them
+  int32_t *ids_ = nullptr, *target_ids_ = nullptr;  // [M]
+  float* target_weights_ = nullptr;                 // [M]
+  uint8_t* resets_ = nullptr;                       // [M]
+  int32_t* age_ = nullptr;  // [M] tokens since the stream's last reset in this call, large without one
+  std::vector<double> rates_;
+
+  void* x_ = nullptr;              // Real [M, D]
+  float* dx_ = nullptr;            // [M, D]
+  float* o_ = nullptr;             // [M, D] summed readout input, then o in place
+  float* broca_ = nullptr;         // [M, D]
+  void* broca_real_ = nullptr;     // Real [M, D]
+  float* inverse_rms_ = nullptr;   // [M]
+  float* d_broca_ = nullptr;       // [M, D] dE/d broca, then dE/d o in place
+  void* readout_error_ = nullptr;  // Real [M, D] dE/d(summed readout input)
+  float* row_loss_ = nullptr;      // [M]
+  int32_t* row_best_ = nullptr;    // [M]
+
+  // Decoder.
+  int64_t logit_rows_ = 0, logit_ld_ = 0;
+  void* logits_ = nullptr;  // Real [logit_rows, logit_ld] (score), or float [logit_rows/2, V] (sampling)
+  void* blas_workspace_ = nullptr;
+  float* bias_part_ = nullptr;  // scratch of dc
+
+  // Embedding gradient.
+  uint32_t *sort_keys_ = nullptr, *sorted_ids_ = nullptr, *sort_rows_ = nullptr, *sorted_rows_ = nullptr;  // [M]
+  void* sort_scratch_ = nullptr;
+  float *head_part_ = nullptr, *tail_part_ = nullptr;  // [M / kSegmentRows, D]
+
+  double* norm_part_ = nullptr;
+  Draw* draw_ = nullptr;
+  int32_t* drawn_ = nullptr;  // [capacity] tokens of generation
+};
+
+}  // namespace neurogen::cuda

@@ -1,0 +1,119 @@
+// Real, the type of saved activations and of the operands of products: float (precision "fp32") or __nv_bfloat16
+// (precision "bf16"). Everything else, sums above all, is float.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include <cstdint>
+
+namespace neurogen::cuda {
+
+using bf16 = __nv_bfloat16;
+
+// Calls body(Real{}) for the precision of a model.
+template <class Body>
+void with_real(bool is_bf16, Body body) {
+  if (is_bf16) {
+    body(bf16{});
+  } else {
+    body(float{});
+  }
+}
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(bf16 x) { return __bfloat162float(x); }
+
+template <class Real>
+__device__ inline Real from_float(float x);
+template <>
+__device__ inline float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ inline bf16 from_float<bf16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+// x as a saved activation will read back.
+template <class Real>
+__device__ inline float rounded(float x) {
+  return to_float(from_float<Real>(x));
+}
+
+// Four neighbouring values, aligned to four.
+__device__ inline float4 load4(const float* p) { return *reinterpret_cast<const float4*>(p); }
+__device__ inline float4 load4(const bf16* p) {
+  const uint2 raw = *reinterpret_cast<const uint2*>(p);
+  const float2 lo = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(raw.x));
+  const float2 hi = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(raw.y));
+  return {lo.x, lo.y, hi.x, hi.y};
+}
+__device__ inline void store4(float* p, float4 x) { *reinterpret_cast<float4*>(p) = x; }
+__device__ inline void store4(bf16* p, float4 x) {
+  uint2 raw;
+  reinterpret_cast<__nv_bfloat162&>(raw.x) = __floats2bfloat162_rn(x.x, x.y);
+  reinterpret_cast<__nv_bfloat162&>(raw.y) = __floats2bfloat162_rn(x.z, x.w);
+  *reinterpret_cast<uint2*>(p) = raw;
+}
+
+// Four neighbouring values as they are stored.
+template <class Real>
+struct Four;
+template <>
+struct Four<float> {
+  float4 raw;
+};
+template <>
+struct Four<bf16> {
+  uint2 raw;
+};
+template <class Real>
+__device__ inline Four<Real> fetch4(const Real* p) {
+  return *reinterpret_cast<const Four<Real>*>(p);
+}
+template <class Real>
+__device__ inline float4 unpack(const Four<Real>& x) {
+  return load4(reinterpret_cast<const Real*>(&x));
+}
+template <class Real>
+__device__ inline Four<Real> pack(float4 x) {
+  Four<Real> out;
+  store4(reinterpret_cast<Real*>(&out), x);
+  return out;
+}
+
+// Two neighbouring values, aligned to two.
+__device__ inline float2 load2(const float* p) { return *reinterpret_cast<const float2*>(p); }
+__device__ inline float2 load2(const bf16* p) {
+  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(p));
+}
+__device__ inline void store2(float* p, float2 x) { *reinterpret_cast<float2*>(p) = x; }
+__device__ inline void store2(bf16* p, float2 x) {
+  *reinterpret_cast<__nv_bfloat162*>(p) = __floats2bfloat162_rn(x.x, x.y);
+}
+
+// Sums over a warp, in one order; every lane gets the result.
+template <class T>
+__device__ inline T warp_sum(T x) {
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+  return x;
+}
+__device__ inline float warp_max(float x) {
+  for (int offset = 16; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
+  return x;
+}
+
+// Sum over a block of threads in one order; `room`: shared memory of 32 values; every thread gets the result.
+template <class T>
+__device__ inline T block_sum(T x, T* room) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = (blockDim.x + 31) / 32;
+  x = warp_sum(x);
+  __syncthreads();
+  if (lane == 0) room[warp] = x;
+  __syncthreads();
+  T total{};
+  for (int i = 0; i < warps; ++i) total += room[i];
+  return total;
+}
+
+}  // namespace neurogen::cuda

@@ -1,0 +1,253 @@
+// Drawing one token from every row of logits: common/sampling.h in integers, so that the order of work does not matter.
+//
+// mass(logit) = round(exp((logit - best) / temperature) * 2^k), 2^k for the best logit itself; k is the largest with
+// which V masses fit 63 bits, at most 52 (48 for V = 32,000). A mass is off by half a unit and exp's last bits, so a
+// cumulative sum is off the float64 definition by at most V * 2^-(k+1) of the best token's mass, and as a rule by
+// sqrt(V) * 2^-(k+2): a draw differs only where the uniform falls that close to the border between two tokens.
+//
+// Tokens are ordered by key, the bits of the logit made to count upwards, then by lower id. top_k and top_p both ask
+// how far down the order to go until the tokens, counted or weighed, reach what is wanted: the highest digit of the key
+// that does it, then the next digit among the tokens that share it, in histograms in shared memory. Of the tokens tied
+// at the key found, the lowest ids are kept. Finding the last of these, and the draw, invert a cumulative sum in id
+// order. A row is read about twice to draw, three times more for each of top_k and top_p; after the first time from the
+// cache.
+#include <cmath>
+
+#include "model.h"
+#include "numbers.cuh"
+#include "philox.h"
+
+namespace neurogen::cuda {
+namespace {
+
+constexpr uint32_t kSamplingTag = 0x73616d70u;  // as in common/sampling.cpp
+constexpr int kThreads = 1024;
+constexpr int kWarps = kThreads / 32;
+constexpr int kDigitBits = 11;
+constexpr int kBins = 1 << kDigitBits;
+constexpr int kOwnBins = kBins / kThreads;
+constexpr unsigned kWholeWarp = 0xffffffffu;
+
+// Shared memory of a block.
+struct Room {
+  uint64_t warp[kWarps];
+  uint32_t low[kBins], high[kBins];  // histogram: 64-bit sums in two words
+  uint64_t above, tied;              // weight of the tokens in higher digits; in the digit found
+  uint32_t digit;
+  int32_t id;
+};
+
+// Inclusive sum over a warp.
+__device__ inline uint64_t warp_scan(uint64_t x) {
+  const int lane = threadIdx.x % 32;
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const uint64_t lower = __shfl_up_sync(kWholeWarp, x, offset);
+    if (lane >= offset) x += lower;
+  }
+  return x;
+}
+
+// Inclusive sum over the block; `all` gets the sum of everybody.
+__device__ inline uint64_t block_scan(uint64_t x, Room& room, uint64_t* all) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  x = warp_scan(x);
+  __syncthreads();
+  if (lane == 31) room.warp[warp] = x;
+  __syncthreads();
+  const uint64_t warps = warp_scan(lane < kWarps ? room.warp[lane] : 0);
+  *all = __shfl_sync(kWholeWarp, warps, 31);
+  const uint64_t before = __shfl_sync(kWholeWarp, warps, (warp + 31) % 32);
+  return warp > 0 ? before + x : x;
+}
+
+// Counts upwards with the logit. NaN counts as impossible, -0 as 0.
+__device__ inline uint32_t key_of(float logit) {
+  const uint32_t bits = __float_as_uint(logit == logit ? logit + 0.0f : -INFINITY);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+__device__ inline float logit_of(uint32_t key) { return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
+
+struct Row {
+  const float* logits;  // [V]
+  int32_t vocab;
+  __device__ uint32_t key(int32_t id) const { return key_of(logits[id]); }
+};
+
+// Masses of tokens, by key.
+struct Mass {
+  uint32_t best_key;
+  double best, sharpness, unit;  // logit of the best; 1 / temperature; 2^k
+  __device__ uint64_t operator()(uint32_t key) const {
+    if (key == best_key) return static_cast<uint64_t>(unit);
+    const double x = (logit_of(key) - best) * sharpness;
+    return x <= 0.0 ? static_cast<uint64_t>(llrint(exp(x) * unit)) : 0;
+  }
+};
+
+struct One {
+  __device__ uint64_t operator()(uint32_t) const { return 1; }
+};
+
+// The tokens above `key`, and those at it up to id `last`.
+struct Kept {
+  uint32_t key;
+  int32_t last;
+  __device__ bool operator()(uint32_t token_key, int32_t id) const {
+    return token_key > key || (token_key == key && id <= last);
+  }
+};
+
+// (key, ~id) of the best token: lower ids win ties.
+__device__ inline uint64_t find_best(const Row& row, Room& room) {
+  uint64_t best = 0;
+  for (int32_t id = threadIdx.x; id < row.vocab; id += kThreads) {
+    best = max(best, uint64_t{row.key(id)} << 32 | ~static_cast<uint32_t>(id));
+  }
+  for (int offset = 16; offset > 0; offset /= 2) best = max(best, __shfl_xor_sync(kWholeWarp, best, offset));
+  if (threadIdx.x % 32 == 0) room.warp[threadIdx.x / 32] = best;
+  __syncthreads();
+  for (int i = 0; i < kWarps; ++i) best = max(best, room.warp[i]);
+  return best;
+}
+
+// The first id at which the cumulative sum of weight(key, id) exceeds goal(sum of all); goal < that sum.
+template <class Weight, class Goal>
+__device__ int32_t invert(const Row& row, Room& room, Weight weight, Goal goal) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  // Every warp adds up a stretch of ids. Only the stretch in which the goal is passed is looked at token by token.
+  const int64_t stretch = (int64_t{row.vocab} + kThreads - 1) / kThreads * 32;
+  const auto stretch_end = [&](int i) { return static_cast<int32_t>(min((i + 1) * stretch, int64_t{row.vocab})); };
+  uint64_t sum = 0, all = 0;
+  for (int64_t id = warp * stretch + lane; id < stretch_end(warp); id += 32) {
+    sum += weight(row.key(static_cast<int32_t>(id)), static_cast<int32_t>(id));
+  }
+  const uint64_t reached = block_scan(sum, room, &all), target = goal(all);
+  const uint64_t before = __shfl_sync(kWholeWarp, reached - sum, 0), after = __shfl_sync(kWholeWarp, reached, 31);
+  if (lane == 0 && before <= target && target < after) {
+    room.digit = warp;
+    room.above = before;
+  }
+  __syncthreads();
+  const int found = room.digit;
+  uint64_t passed = room.above;
+  for (int64_t begin = found * stretch; passed <= target && begin < stretch_end(found); begin += kThreads) {
+    const int64_t id = begin + threadIdx.x;
+    const bool inside = id < stretch_end(found);
+    const uint64_t own = inside ? weight(row.key(static_cast<int32_t>(id)), static_cast<int32_t>(id)) : 0;
+    const uint64_t here = passed + block_scan(own, room, &all);
+    if (here - own <= target && target < here) room.id = static_cast<int32_t>(id);
+    passed += all;
+  }
+  __syncthreads();
+  return room.id;
+}
+
+// 64-bit addition by two 32-bit ones, which shared memory does by itself: whoever makes the low word wrap carries.
+__device__ inline void add(Room& room, uint32_t bin, uint64_t x) {
+  const uint32_t low = static_cast<uint32_t>(x), before = atomicAdd(&room.low[bin], low);
+  const uint32_t high = static_cast<uint32_t>(x >> 32) + (before + low < before);
+  if (high > 0) atomicAdd(&room.high[bin], high);
+}
+
+// The shortest run of tokens out of `among`, in order, whose weights reach wanted(sum of all), which is 1 .. that sum.
+template <class Weight, class Wanted>
+__device__ Kept keep(const Row& row, Room& room, Kept among, Weight weight, Wanted wanted) {
+  uint32_t key = 0;
+  uint64_t missing = 0;
+  for (int upper = 32; upper > 0; upper -= kDigitBits) {  // bits `upper` and above of the key are known
+    const int lower = max(upper - kDigitBits, 0), width = upper - lower;
+    __syncthreads();
+    for (int i = threadIdx.x; i < kBins; i += kThreads) room.low[i] = room.high[i] = 0;
+    __syncthreads();
+    for (int32_t id = threadIdx.x; id < row.vocab; id += kThreads) {
+      const uint32_t own = row.key(id);
+      if (uint64_t{own} >> upper != key || !among(own, id)) continue;
+      const uint64_t heavy = weight(own);
+      if (heavy > 0) add(room, own >> lower & ((1u << width) - 1), heavy);
+    }
+    __syncthreads();
+    uint64_t bins[kOwnBins], sum = 0, all = 0;
+    const uint32_t highest = kBins - 1 - threadIdx.x * kOwnBins;  // the scan goes from the highest digit down
+    for (int i = 0; i < kOwnBins; ++i) {
+      bins[i] = uint64_t{room.high[highest - i]} << 32 | room.low[highest - i];
+      sum += bins[i];
+    }
+    uint64_t above = block_scan(sum, room, &all) - sum;
+    if (upper == 32) missing = wanted(all);
+    for (int i = 0; i < kOwnBins; ++i) {
+      if (above < missing && missing <= above + bins[i]) {
+        room.digit = highest - i;
+        room.above = above;
+        room.tied = bins[i];
+      }
+      above += bins[i];
+    }
+    __syncthreads();
+    key = key << width | room.digit;
+    missing -= room.above;
+  }
+  const uint64_t each = weight(key), count = (missing + each - 1) / each;
+  if (count * each == room.tied) return {key, key == among.key ? among.last : row.vocab - 1};
+  const auto tied = [&](uint32_t own, int32_t id) -> uint64_t { return own == key && among(own, id); };
+  return {key, invert(row, room, tied, [&](uint64_t) { return count - 1; })};
+}
+
+// floor(a * b / 2^shift), and whether anything was cut off.
+__device__ inline uint64_t multiply_shift(uint64_t a, uint64_t b, int shift, bool* cut) {
+  const uint64_t low = a * b;
+  *cut = low << (64 - shift) != 0;
+  return __umul64hi(a, b) << (64 - shift) | low >> shift;
+}
+
+// One block a row.
+__global__ void __launch_bounds__(kThreads) draw_tokens_kernel(const float* __restrict__ logits, int32_t vocab,
+                                                               const Draw* arguments, int64_t first_row, int32_t* ids) {
+  __shared__ Room room;
+  const Sampling how = arguments->sampling;
+  const Row row{logits + int64_t{blockIdx.x} * vocab, vocab};
+  const uint64_t best = find_best(row, room);
+  const uint32_t best_key = static_cast<uint32_t>(best >> 32);
+  const bool cut_count = how.top_k > 0 && how.top_k < vocab, cut_mass = how.top_p < 1.0f;
+  int32_t drawn;
+  if (how.greedy) {
+    drawn = static_cast<int32_t>(~static_cast<uint32_t>(best));
+  } else if (logit_of(best_key) == -INFINITY) {
+    // Nothing is possible. What the definition answers, whose sums are NaN.
+    drawn = cut_mass ? 0 : cut_count ? how.top_k - 1 : vocab - 1;
+  } else {
+    const int bits = min(52, 31 + __clz(vocab - 1));  // 63 - ceil(log2(V))
+    const Mass mass{best_key, logit_of(best_key), 1.0 / how.temperature, static_cast<double>(uint64_t{1} << bits)};
+    Kept kept{0, vocab - 1};
+    if (cut_count) kept = keep(row, room, kept, One{}, [&](uint64_t) { return static_cast<uint64_t>(how.top_k); });
+    if (cut_mass) {
+      kept = keep(row, room, kept, mass, [&](uint64_t all) {
+        bool cut;
+        const uint64_t share = how.top_p > 0.0f ? static_cast<uint64_t>(how.top_p * 0x1p63) : 0;
+        const uint64_t part = multiply_shift(share, all, 63, &cut);
+        return max(part + cut, uint64_t{1});
+      });
+    }
+    const Philox random = philox(static_cast<uint32_t>(first_row + blockIdx.x), static_cast<uint32_t>(how.position),
+                                 static_cast<uint32_t>(how.position >> 32), kSamplingTag,
+                                 static_cast<uint32_t>(how.seed), static_cast<uint32_t>(how.seed >> 32));
+    const uint64_t uniform = uint64_t{random.word[0] >> 5} << 26 | random.word[1] >> 6;  // of 2^53
+    drawn = invert(
+        row, room, [&](uint32_t key, int32_t id) -> uint64_t { return kept(key, id) ? mass(key) : 0; },
+        [&](uint64_t all) {
+          bool cut;
+          return multiply_shift(uniform, all, 53, &cut);
+        });
+  }
+  if (threadIdx.x == 0) ids[blockIdx.x] = drawn;
+}
+
+}  // namespace
+
+// logits: [rows, V]; ids: [rows]; row i draws as row first_row + i of the definition.
+void CudaModel::draw(const float* logits, int64_t rows, const Draw* arguments, int64_t first_row, int32_t* ids) {
+  draw_tokens_kernel<<<static_cast<unsigned>(rows), kThreads, 0, stream_.get()>>>(logits, spec_.vocab, arguments,
+                                                                                  first_row, ids);
+  launched();
+}
+
+}  // namespace neurogen::cuda

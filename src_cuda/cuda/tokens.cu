@@ -1,0 +1,359 @@
+// Staging: the user's [S, T] arrays become time-major rows, checked on the way; and the end of a call: loss and rates
+// are added up, the verdict is given, state is committed.
+#include <algorithm>
+#include <climits>
+#include <cmath>
+#include <cstring>
+
+#include "model.h"
+#include "numbers.cuh"
+
+namespace neurogen::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+int blocks_for(int64_t count) { return static_cast<int>((count + kThreads - 1) / kThreads); }
+
+__device__ int32_t checked_id(const void* ids, int itemsize, int64_t at, int vocab, int* bad) {
+  const int64_t id = itemsize == 8 ? static_cast<const int64_t*>(ids)[at] : static_cast<const int32_t*>(ids)[at];
+  if (id >= 0 && id < vocab) return static_cast<int32_t>(id);
+  atomicMax(bad, static_cast<int>(at) + 1);
+  return 0;
+}
+
+// out[t*S + b] = ids[b*T + t].
+__global__ void stage_ids_kernel(const void* ids, int itemsize, int streams, int tokens, int vocab, int32_t* out,
+                                 Verdict* verdict) {
+  const int64_t at = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (at >= int64_t{streams} * tokens) return;
+  out[at % tokens * streams + at / tokens] = checked_id(ids, itemsize, at, vocab, &verdict->bad_id);
+}
+
+__global__ void stage_weights_kernel(const float* weights, int streams, int tokens, bool any_sign, float* out,
+                                     Verdict* verdict) {
+  const int64_t at = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (at >= int64_t{streams} * tokens) return;
+  const float weight = weights ? weights[at] : 1.0f;
+  if (!isfinite(weight) || (weight < 0 && !any_sign)) atomicMax(&verdict->bad_weight, static_cast<int>(at) + 1);
+  out[at % tokens * streams + at / tokens] = weight;
+}
+
+// One thread a stream: flags and ages, time-major.
+__global__ void stage_resets_kernel(const uint8_t* resets, int streams, int tokens, uint8_t* out, int32_t* age) {
+  const int stream = blockIdx.x * blockDim.x + threadIdx.x;
+  if (stream >= streams) return;
+  int since = INT_MAX;
+  for (int token = 0; token < tokens; ++token) {
+    const bool reset = resets[int64_t{stream} * tokens + token] != 0;
+    since = reset ? 0 : since == INT_MAX ? INT_MAX : since + 1;
+    out[int64_t{token} * streams + stream] = reset;
+    age[int64_t{token} * streams + stream] = since;
+  }
+}
+
+__global__ void sum_weights_kernel(const float* weights, int64_t rows, bool magnitudes, double given,
+                                   Verdict* verdict) {
+  __shared__ double room[32];
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < rows; i += blockDim.x) sum += magnitudes ? fabsf(weights[i]) : weights[i];
+  sum = block_sum(sum, room);
+  if (threadIdx.x == 0) verdict->divisor = given >= 0 ? given : sum;
+}
+
+template <class Real>
+__global__ void gather_rows_kernel(const float* table, const int32_t* ids, int64_t dim, Real* out) {
+  const float* from = table + ids[blockIdx.x] * dim;
+  for (int64_t j = 4 * threadIdx.x; j < dim; j += 4 * blockDim.x) store4(out + blockIdx.x * dim + j, load4(from + j));
+}
+
+// Per region: [mean rate, mean squared distance of a neuron's rate to its target].
+__global__ void measure_rates_kernel(const RegionView* regions, double rows, double target, double* part,
+                                     double* rates) {
+  __shared__ double room[32];
+  const RegionView& region = regions[blockIdx.x];
+  double rate = 0, squares = 0;
+  for (int j = threadIdx.x; j < region.n; j += blockDim.x) {
+    const double own = region.spike_count[j] / rows;
+    rate += own;
+    squares += (own - target) * (own - target);
+  }
+  rate = block_sum(rate, room);
+  squares = block_sum(squares, room);
+  if (threadIdx.x > 0) return;
+  rates[blockIdx.x] = rate / region.n;
+  part[blockIdx.x] = squares / region.n;
+}
+
+struct Summary {
+  int64_t rows;
+  int streams, tokens, regions;
+  const float *weights, *losses;
+  const int32_t *targets, *best;
+  const double* rate_gaps;
+  double rate_weight;
+  int32_t* predictions;  // [S, T] or null
+  Verdict* verdict;
+};
+
+__global__ void summarize_kernel(Summary p) {
+  __shared__ double room[32];
+  double loss = 0, correct = 0, tokens = 0;
+  for (int64_t row = threadIdx.x; row < p.rows; row += blockDim.x) {
+    if (p.predictions) p.predictions[row % p.streams * p.tokens + row / p.streams] = p.best[row];
+    if (p.weights[row] == 0.0f) continue;
+    loss += static_cast<double>(p.weights[row]) * p.losses[row];
+    tokens += 1;
+    correct += p.best[row] == p.targets[row];
+  }
+  loss = block_sum(loss, room);
+  tokens = block_sum(tokens, room);
+  correct = block_sum(correct, room);
+  if (threadIdx.x > 0) return;
+  Verdict& v = *p.verdict;
+  double gaps = 0;
+  for (int r = 0; r < p.regions; ++r) gaps += p.rate_gaps[r];
+  v.loss = v.divisor > 0 ? loss / v.divisor : 0.0;
+  v.homeostasis = p.rate_weight * gaps;
+  v.tokens = static_cast<long long>(tokens);
+  v.correct = static_cast<long long>(correct);
+  v.ok = !v.bad_id && !v.bad_weight && !v.state_not_finite && !v.loss_not_finite && isfinite(loss) &&
+         isfinite(v.homeostasis);
+}
+
+// The verdict of a call without targets, or (with losses) of an evaluation: v.loss = the sum of all rows.
+__global__ void judge_kernel(const float* losses, int64_t rows, Verdict* verdict) {
+  __shared__ double room[32];
+  double loss = 0;
+  for (int64_t row = threadIdx.x; losses && row < rows; row += blockDim.x) loss += losses[row];
+  loss = block_sum(loss, room);
+  if (threadIdx.x > 0) return;
+  verdict->loss = loss;
+  verdict->ok = !verdict->bad_id && !verdict->state_not_finite;
+  verdict->heard += verdict->ok;
+}
+
+__global__ void set_verdict_kernel(Verdict* verdict, bool ok, bool state_not_finite) {
+  *verdict = Verdict{};
+  verdict->ok = ok;
+  verdict->state_not_finite = state_not_finite;
+}
+
+// One block: ids [rows] become draw number `kept` of [.., rows].
+__global__ void keep_drawn_kernel(const int32_t* ids, int64_t rows, Draw* draw, int32_t* drawn) {
+  int32_t* to = drawn + draw->kept * rows;
+  for (int64_t i = threadIdx.x; i < rows; i += blockDim.x) to[i] = ids[i];
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  ++draw->kept;
+  ++draw->sampling.position;
+}
+
+struct Commit {
+  const RegionView* regions;
+  const StateView* states;
+  const int32_t* age;  // null = no resets
+  const float* last_o;
+  float* o;
+  int64_t dim;
+  int streams, tokens;
+  const Verdict* verdict;
+};
+
+// blockIdx.y: region, the readout after the last.
+template <class Real>
+__global__ void commit_kernel(Commit p, int region_count) {
+  if (!p.verdict->ok) return;
+  const int64_t step = int64_t{gridDim.x} * blockDim.x, begin = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (blockIdx.y == region_count) {
+    for (int64_t i = begin; i < p.streams * p.dim; i += step) p.o[i] = p.last_o[i];
+    return;
+  }
+  const RegionView region = p.regions[blockIdx.y];
+  const StateView state = p.states[blockIdx.y];
+  const int64_t cells = int64_t{p.streams} * region.n;
+  const Real* s = static_cast<const Real*>(region.s);
+  for (int64_t i = begin; i < cells; i += step) {
+    state.v[i] = state.next_v[i];
+    state.w[i] = state.next_w[i];
+    const int age = p.age ? p.age[int64_t{p.tokens - 1} * p.streams + i / region.n] : INT_MAX;
+    // From the oldest spike down: what moves up is read before it is overwritten.
+    for (int k = region.history - 1; k >= 0; --k) {
+      float spike =
+          k < p.tokens ? to_float(s[(p.tokens - 1 - k) * cells + i]) : state.spikes[(k - p.tokens) * cells + i];
+      state.spikes[k * cells + i] = age < k ? 0.0f : spike;
+    }
+  }
+}
+
+}  // namespace
+
+// An array of the call in device memory, whatever side the caller has it on.
+const void* CudaModel::arrive(const Input& input, size_t bytes) {
+  if (input.device || !input.data) return input.data;
+  char* room = pinned(bytes);
+  std::memcpy(room, input.data, bytes);
+  char* to = inbox_ + (room - static_cast<char*>(pinned_.get()));
+  copy_in(to, room, bytes);
+  return to;
+}
+
+// Called by every entry before anything else: sizes, and a clean verdict.
+void CudaModel::begin(CudaState& state, int streams, int tokens) {
+  active_ = &state;
+  call_streams_ = streams;
+  call_tokens_ = tokens;
+  rows_ = int64_t{streams} * tokens;
+  held_ = has_resets_ = false;
+  pinned_used_ = 0;
+  set_verdict(false, false);
+}
+
+void CudaModel::set_verdict(bool ok, bool state_not_finite) {
+  set_verdict_kernel<<<1, 1, 0, stream_.get()>>>(verdict_, ok, state_not_finite);
+  launched();
+}
+
+void CudaModel::stage(CudaState& state, const Tokens& tokens) {
+  begin(state, tokens.streams, tokens.tokens);
+  stage_ids(tokens.ids);
+  const size_t count = static_cast<size_t>(rows_);
+  if (tokens.resets.data) {
+    const auto* flags = tokens.resets.host<uint8_t>();
+    has_resets_ = tokens.resets.device || std::any_of(flags, flags + count, [](uint8_t flag) { return flag != 0; });
+  }
+  if (has_resets_) {
+    const auto* flags = static_cast<const uint8_t*>(arrive(tokens.resets, count));
+    stage_resets_kernel<<<blocks_for(call_streams_), kThreads, 0, stream_.get()>>>(flags, call_streams_, call_tokens_,
+                                                                                   resets_, age_);
+    launched();
+  }
+  gather_rows();
+}
+
+void CudaModel::stage_ids(const Input& ids) {
+  const void* from = arrive(ids, static_cast<size_t>(rows_) * ids.itemsize);
+  stage_ids_kernel<<<blocks_for(rows_), kThreads, 0, stream_.get()>>>(from, ids.itemsize, call_streams_, call_tokens_,
+                                                                      spec_.vocab, ids_, verdict_);
+  launched();
+}
+
+void CudaModel::gather_rows() {
+  with_real(spec_.bf16, [&](auto real) {
+    gather_rows_kernel<<<static_cast<int>(rows_), 128, 0, stream_.get()>>>(embedding_, ids_, int64_t{spec_.dim},
+                                                                           static_cast<decltype(real)*>(x_));
+  });
+  launched();
+}
+
+// out [count, D] = embedding rows of ids in device memory.
+void CudaModel::encode_rows(const int32_t* ids, int64_t count, float* out) {
+  gather_rows_kernel<<<static_cast<int>(count), 128, 0, stream_.get()>>>(embedding_, ids, int64_t{spec_.dim}, out);
+  launched();
+}
+
+// x: host rows [S, D] in place of embedded ids.
+void CudaModel::stage_rows(const float* x) {
+  const size_t bytes = sizeof(float) * rows_ * spec_.dim;
+  char* room = pinned(bytes);
+  std::memcpy(room, x, bytes);
+  copy_in(dx_, room, bytes);
+  to_real(dx_, rows_ * spec_.dim, x_);
+}
+
+void CudaModel::stage_targets(const Targets& targets) {
+  const size_t count = static_cast<size_t>(rows_);
+  const void* ids = arrive(targets.ids, count * targets.ids.itemsize);
+  stage_ids_kernel<<<blocks_for(rows_), kThreads, 0, stream_.get()>>>(ids, targets.ids.itemsize, call_streams_,
+                                                                      call_tokens_, spec_.vocab, target_ids_, verdict_);
+  launched();
+  const bool magnitudes = targets.normalize == Normalize::absolute;
+  const auto* weights = static_cast<const float*>(arrive(targets.weights, count * sizeof(float)));
+  stage_weights_kernel<<<blocks_for(rows_), kThreads, 0, stream_.get()>>>(weights, call_streams_, call_tokens_,
+                                                                          magnitudes, target_weights_, verdict_);
+  launched();
+  sum_weights_kernel<<<1, 1024, 0, stream_.get()>>>(target_weights_, rows_, magnitudes, targets.divisor, verdict_);
+  launched();
+}
+
+void CudaModel::summarize(bool want_predictions) {
+  const int regions = static_cast<int>(regions_.size());
+  measure_rates_kernel<<<regions, 1024, 0, stream_.get()>>>(region_views_, static_cast<double>(rows_),
+                                                            spec_.rate_target, region_part_, rate_sums_);
+  launched();
+  summarize_kernel<<<1, 1024, 0, stream_.get()>>>({rows_, call_streams_, call_tokens_, regions, target_weights_,
+                                                   row_loss_, target_ids_, row_best_, region_part_, spec_.rate_weight,
+                                                   want_predictions ? predictions_ : nullptr, verdict_});
+  launched();
+}
+
+void CudaModel::judge(bool with_losses) {
+  judge_kernel<<<1, 1024, 0, stream_.get()>>>(with_losses ? row_loss_ : nullptr, rows_, verdict_);
+  launched();
+}
+
+void CudaModel::commit() {
+  const Commit job{region_views_,
+                   active_->views(),
+                   has_resets_ ? age_ : nullptr,
+                   o_ + (rows_ - call_streams_) * spec_.dim,
+                   active_->o(),
+                   spec_.dim,
+                   call_streams_,
+                   call_tokens_,
+                   verdict_};
+  const int regions = static_cast<int>(regions_.size());
+  const dim3 grid(64, regions + 1);
+  with_real(spec_.bf16,
+            [&](auto real) { commit_kernel<decltype(real)><<<grid, kThreads, 0, stream_.get()>>>(job, regions); });
+  launched();
+}
+
+// The one copy back and the one wait of a call. Errors that only the device could see are raised here.
+const Verdict& CudaModel::finish(size_t extra_bytes) {
+  const size_t bytes = sizeof(Verdict) + sizeof(double) * regions_.size() + extra_bytes;
+  char* room = pinned(bytes);
+  copy_out(room, verdict_, bytes);
+  wait();
+  result_ = room;
+  const Verdict& verdict = *reinterpret_cast<const Verdict*>(room);
+  if (verdict.bad_id) {
+    const int at = verdict.bad_id - 1;
+    throw std::out_of_range("ids or targets in device memory, position [" + std::to_string(at / call_tokens_) + ", " +
+                            std::to_string(at % call_tokens_) + "]: expected token ids in 0.." +
+                            std::to_string(spec_.vocab - 1) + "; nothing was changed");
+  }
+  if (verdict.bad_weight) {
+    const int at = verdict.bad_weight - 1;
+    throw std::invalid_argument("weights in device memory, position [" + std::to_string(at / call_tokens_) + ", " +
+                                std::to_string(at % call_tokens_) +
+                                "]: expected finite values, >= 0 with normalize='sum'; nothing was changed");
+  }
+  return verdict;
+}
+
+void CudaModel::set_draw(const Sampling& sampling) {
+  const Draw draw{sampling, 0};
+  char* room = pinned(sizeof(Draw));
+  std::memcpy(room, &draw, sizeof(Draw));
+  copy_in(draw_, room, sizeof(Draw));
+}
+
+void CudaModel::keep_drawn() {
+  keep_drawn_kernel<<<1, 256, 0, stream_.get()>>>(ids_, rows_, draw_, drawn_);
+  launched();
+}
+
+void CudaModel::report(const Targets& targets, StepStats* stats) {
+  const Verdict& verdict = *reinterpret_cast<const Verdict*>(result_);
+  const double* rates = reinterpret_cast<const double*>(result_ + sizeof(Verdict));
+  stats->loss = verdict.loss;
+  stats->homeostasis = verdict.homeostasis;
+  stats->tokens = verdict.tokens;
+  stats->correct = verdict.correct;
+  stats->finite = verdict.ok;
+  rates_.assign(rates, rates + regions_.size());
+  if (targets.predictions) std::memcpy(targets.predictions, rates + regions_.size(), sizeof(int32_t) * rows_);
+}
+
+}  // namespace neurogen::cuda

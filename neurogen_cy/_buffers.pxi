@@ -4,7 +4,11 @@ from cpython.buffer cimport (
     PyBUF_FORMAT, PyBUF_STRIDES, PyBuffer_IsContiguous, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer,
 )
 
-cdef object _HOST_KINDS = "a NumPy array, a buffer (memoryview, array.array) or a host DLPack array"
+from neurogen_cy._neurogen cimport int32_t, int64_t
+
+cdef str _HOST_KINDS = "a NumPy array, a buffer (memoryview, array.array) or a host DLPack array"
+cdef str _WHERE_HOST = (" (train_step_batch and backward_batch alone take device arrays, and only to read)"
+                        if ON_DEVICE else f" for a model on the {BACKEND} backend")
 
 
 cdef str _dtype_name(Py_buffer* view):
@@ -26,16 +30,16 @@ cdef str _dtype_name(Py_buffer* view):
 
 cdef object _host_exporter(object source, str name):
     """The object whose buffer is taken: `source` itself, or NumPy's view of its DLPack capsule."""
+    if _shows_device_memory(source):  # first: CuPy's arrays offer a buffer too, and refuse it
+        raise TypeError(f"{name}: expected a host array{_WHERE_HOST}, got an array in CUDA device memory "
+                        f"({type(source).__name__}); copy it to the host first")
     if PyObject_CheckBuffer(source):
         return source
-    if hasattr(source, "__cuda_array_interface__"):
-        raise TypeError(f"{name}: expected a host array for a model on the {BACKEND} backend, got an array in "
-                        f"CUDA device memory ({type(source).__name__}); copy it to the host first")
     if hasattr(source, "__dlpack__") and hasattr(source, "__dlpack_device__"):
         device = int(source.__dlpack_device__()[0])
         if device != 1:
-            raise TypeError(f"{name}: expected a host array for a model on the {BACKEND} backend, got a DLPack "
-                            f"array on device type {device} ({type(source).__name__})")
+            raise TypeError(f"{name}: expected a host array{_WHERE_HOST}, got a DLPack array on device type {device} "
+                            f"({type(source).__name__})")
         return _shared_dlpack(source)
     raise TypeError(f"{name}: expected {_HOST_KINDS}, got {type(source).__name__}")
 
@@ -62,38 +66,51 @@ def host_array(source, str name, tuple dtypes):
     return array
 
 
-cdef class Borrowed:
-    """A checked, C-contiguous host buffer, held until this object dies."""
+cdef class Held:
+    """A checked, C-contiguous array of the caller's, held until this object dies."""
+
+    cdef str name
+    cdef str dtype
+    cdef tuple shape
+    cdef void* data
+    cdef Py_ssize_t bytes, itemsize
+
+    cdef Py_ssize_t size(self):
+        return self.bytes // self.itemsize
+
+    cdef int check_shape(self, tuple expected) except -1:
+        if self.shape != expected:
+            raise ValueError(f"{self.name}: expected shape {expected}, got {self.shape}")
+        return 0
+
+    cdef int check_apart(self, Held other) except -1:
+        """Refuses to write into memory that is read in the same call."""
+        cdef char* mine = <char*>self.data
+        cdef char* theirs = <char*>other.data
+        if mine < theirs + other.bytes and theirs < mine + self.bytes:
+            raise ValueError(f"{self.name}: expected memory apart from {other.name}, got overlapping arrays")
+        return 0
+
+
+cdef class Borrowed(Held):
+    """The same in host memory."""
 
     cdef Py_buffer view
     cdef bint held
-    cdef str name
-    cdef str dtype
 
     def __dealloc__(self):
         if self.held:
             PyBuffer_Release(&self.view)
 
-    cdef tuple shape(self):
-        return tuple([self.view.shape[i] for i in range(self.view.ndim)])
-
-    cdef Py_ssize_t size(self):
-        return self.view.len // self.view.itemsize
-
     cdef int64_t integer(self, Py_ssize_t i) noexcept nogil:
         """Element i of an int32 or int64 buffer."""
-        if self.view.itemsize == 4:
-            return (<const int32_t*>self.view.buf)[i]
-        return (<const int64_t*>self.view.buf)[i]
-
-    cdef int check_shape(self, tuple expected) except -1:
-        if self.shape() != expected:
-            raise ValueError(f"{self.name}: expected shape {expected}, got {self.shape()}")
-        return 0
+        if self.itemsize == 4:
+            return (<const int32_t*>self.data)[i]
+        return (<const int64_t*>self.data)[i]
 
     cdef int check_finite(self) except -1:
         """Refuses NaN and infinity in a float32 buffer."""
-        cdef const float* values = <const float*>self.view.buf
+        cdef const float* values = <const float*>self.data
         cdef Py_ssize_t i, count = self.size(), bad = -1
         with nogil:
             for i in range(count):
@@ -104,103 +121,26 @@ cdef class Borrowed:
             raise ValueError(f"{self.name}: expected finite values, got {values[bad]}")
         return 0
 
-    cdef int check_apart(self, Borrowed other) except -1:
-        """Refuses to write into memory that is read in the same call."""
-        cdef char* mine = <char*>self.view.buf
-        cdef char* theirs = <char*>other.view.buf
-        if mine < theirs + other.view.len and theirs < mine + self.view.len:
-            raise ValueError(f"{self.name}: expected memory apart from {other.name}, got overlapping arrays")
-        return 0
-
 
 cdef Borrowed borrow(object source, str name, tuple dtypes, bint writable=False):
     """Takes a buffer: kind, dtype, contiguity, writability and emptiness are checked, in this order."""
     cdef Borrowed out = Borrowed.__new__(Borrowed)
+    cdef Py_buffer* view = &out.view
     try:
-        PyObject_GetBuffer(_host_exporter(source, name), &out.view, PyBUF_FORMAT | PyBUF_STRIDES)
+        PyObject_GetBuffer(_host_exporter(source, name), view, PyBUF_FORMAT | PyBUF_STRIDES)
     except (BufferError, RuntimeError, ValueError) as error:  # the exporter's own refusal
         raise TypeError(f"{name}: expected {_HOST_KINDS}, got {type(source).__name__}: {error}") from error
     out.held = True
-    out.name = name
-    out.dtype = _dtype_name(&out.view)
+    out.name, out.dtype = name, _dtype_name(view)
+    out.shape = tuple([view.shape[i] for i in range(view.ndim)])
+    out.data, out.bytes, out.itemsize = view.buf, view.len, view.itemsize
     if out.dtype not in dtypes:
         raise TypeError(f"{name}: expected dtype {' or '.join(dtypes)}, got {out.dtype}")
-    if not PyBuffer_IsContiguous(&out.view, b"C"):
-        strides = tuple([out.view.strides[i] for i in range(out.view.ndim)])
-        raise ValueError(f"{name}: expected a C-contiguous array, got shape {out.shape()} with strides {strides}")
-    if writable and out.view.readonly:
+    if not PyBuffer_IsContiguous(view, b"C"):
+        strides = tuple([view.strides[i] for i in range(view.ndim)])
+        raise ValueError(f"{name}: expected a C-contiguous array, got shape {out.shape} with strides {strides}")
+    if writable and view.readonly:
         raise ValueError(f"{name}: expected a writable array, got a read-only one")
-    if out.view.len == 0:
-        raise ValueError(f"{name}: expected at least one element, got shape {out.shape()}")
+    if view.len == 0:
+        raise ValueError(f"{name}: expected at least one element, got shape {out.shape}")
     return out
-
-
-cdef class TensorView:
-    """A named array of a model, without a copy: buffer protocol, so `numpy.asarray(view)` shares its memory.
-
-    It keeps the model alive. `numpy()` gives a copy of its own. Parameters are read-only (write them with
-    `NeuroGen.load_parameters`), gradients are writable.
-
-    Attributes
-    ----------
-    key : str
-    shape : tuple of int
-    dtype : numpy.dtype
-        float32, or int32 for `rows` and `cols`.
-    readonly : bool
-    """
-
-    cdef readonly str key
-    cdef readonly tuple shape
-    cdef readonly object dtype
-    cdef readonly bint readonly
-    cdef object owner
-    cdef void* data
-    cdef Py_ssize_t extents[4]
-    cdef Py_ssize_t strides[4]
-
-    def __init__(self):
-        raise TypeError("TensorView: expected to be taken from a model (parameters, gradients), got a call")
-
-    def __getbuffer__(self, Py_buffer* view, int flags):
-        if self.readonly and flags & 1:  # PyBUF_WRITABLE
-            raise BufferError(f"{self.key}: this view is read-only")
-        cdef Py_ssize_t itemsize = 4
-        cdef Py_ssize_t count = 1
-        cdef int axis
-        for axis in range(len(self.shape)):
-            count *= self.extents[axis]
-        view.buf = self.data
-        view.obj = self
-        view.len = count * itemsize
-        view.itemsize = itemsize
-        view.readonly = self.readonly
-        view.ndim = len(self.shape)
-        view.format = b"f" if self.dtype == np.float32 else b"i"
-        view.shape = self.extents
-        view.strides = self.strides
-        view.suboffsets = NULL
-        view.internal = NULL
-
-    def numpy(self):
-        """A copy as a NumPy array."""
-        return np.array(self, copy=True)
-
-    def __len__(self):
-        return self.shape[0]
-
-    def __repr__(self):
-        return f"TensorView({self.key!r}, shape={self.shape}, dtype={self.dtype}, readonly={self.readonly})"
-
-
-cdef TensorView make_view(str key, object owner, void* data, tuple shape, object dtype, bint readonly):
-    cdef TensorView view = TensorView.__new__(TensorView)
-    cdef Py_ssize_t stride = 4
-    cdef int axis
-    view.key, view.shape, view.dtype, view.owner = key, shape, np.dtype(dtype), owner
-    view.readonly, view.data = readonly, data
-    for axis in reversed(range(len(shape))):
-        view.extents[axis] = shape[axis]
-        view.strides[axis] = stride
-        stride *= shape[axis]
-    return view

@@ -2,15 +2,23 @@
 # distutils: language = c++
 """The CPU backend: the classes of `_binding.pxi` over libneurogen_cpu."""
 
+import psutil
+
 from scipy.linalg.cython_blas cimport sgemm
 
 from neurogen_cy._neurogen cimport (
-    CAdamW, Counters, MemoryPlan, Model, ModelSpec, Normalize, ProjectionSpec, RegionSpec, Sgemm,
-    StepStats, Targets, Tensor, Tokens, cpu_instruction_set, cpu_memory_plan, int32_t, int64_t, make_cpu_model,
-    uint8_t, uint64_t, unique_ptr, vector,
+    MemoryPlan, Model, ModelSpec, Sgemm, cpu_instruction_set, cpu_memory_plan, make_cpu_model,
 )
 
+from neurogen_cy import threads
+
 BACKEND = "cpu"
+PRECISIONS = ("fp32",)
+TOKENS_AHEAD = 1  # computing a token that nobody reads would only take time
+blas_at_one_thread = threads.blas_at_one_thread
+
+cdef enum:
+    ON_DEVICE = 0
 
 
 cdef Model* make_model(const ModelSpec& spec) except NULL:
@@ -19,6 +27,23 @@ cdef Model* make_model(const ModelSpec& spec) except NULL:
 
 cdef MemoryPlan memory_plan_of(const ModelSpec& spec) except *:
     return cpu_memory_plan(spec)
+
+
+def unavailable():
+    """Why this backend cannot be used here: None, it always can."""
+    return None
+
+
+def free_bytes(device):
+    """Memory that a model can take; ValueError for a device there is not."""
+    if device != 0:
+        raise ValueError(f"device: expected 0, got {device}")
+    return psutil.virtual_memory().available
+
+
+def describe(device):
+    """What computes here, for people."""
+    return f"{instruction_set()} kernels"
 
 
 def instruction_set():

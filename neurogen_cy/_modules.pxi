@@ -1,7 +1,6 @@
 # The three organs a user holds: embedding, brain, decoder. Views of one Engine, no state of their own.
 
-from neurogen_cy._neurogen cimport Sampling
-
+from neurogen_cy._neurogen cimport Sampling, int32_t, int64_t
 
 cdef class TokenEmbedding:
     """Token embedding E [V, D] of a model.
@@ -35,10 +34,10 @@ cdef class TokenEmbedding:
         """
         cdef Borrowed a = borrow(ids, "ids", _IDS)
         cdef Borrowed b = borrow(out, "out", _FLOATS, True)
-        cdef float* to = <float*>b.view.buf
+        cdef float* to = <float*>b.data
         cdef int32_t* piece = self.engine.ids.data()
         cdef int64_t i, some, first = 0, count = a.size(), room = self.engine.ids.size(), dim = self.engine.config.dim
-        b.check_shape((*a.shape(), self.engine.config.dim))
+        b.check_shape((*a.shape, self.engine.config.dim))
         b.check_apart(a)
         self.engine.enter()
         try:
@@ -56,18 +55,25 @@ cdef class TokenEmbedding:
     def encode(self, ids):
         """E[ids] as a new array; `encode_into` is the same without the allocation."""
         cdef Borrowed a = borrow(ids, "ids", _IDS)
-        out = np.empty((*a.shape(), self.engine.config.dim), np.float32)
+        out = np.empty((*a.shape, self.engine.config.dim), np.float32)
         self.encode_into(ids, out)
         return out
 
     def row_view(self, id):
-        """A read-only view [D] of one token's embedding; it follows training. IndexError outside 0..V-1."""
+        """A read-only view [D] of one token's embedding, which follows training: a NumPy array on the CPU, a DeviceView
+        on a device. IndexError outside 0..V-1."""
+        cdef TensorView table
+        cdef int64_t first
         if isinstance(id, bool) or not isinstance(id, Integral):
             raise TypeError(f"id: expected an integer, got {type(id).__name__}")
         vocab = self.engine.config.vocab_size
         if not 0 <= id < vocab:
             raise IndexError(f"id: expected a token id in 0..{vocab - 1}, got {id}")
-        return np.asarray(self.engine.parameters()["embedding.weight"])[id]
+        table = self.engine.parameters()["embedding.weight"]
+        if not ON_DEVICE:
+            return np.asarray(table)[id]
+        dim, first = table.shape[1], id * table.shape[1]
+        return tensor_view(self.engine, f"embedding.weight[{id}]", <float*>table.data + first, (dim,), True)
 
 
 cdef class Brain:
@@ -99,7 +105,7 @@ cdef class Brain:
             When the neuron state would not be finite; it stays as it was.
         """
         cdef Borrowed a = borrow(x, "x", _FLOATS)
-        cdef const float* rows = <const float*>a.view.buf
+        cdef const float* rows = <const float*>a.data
         cdef bint keep_open = hold
         self._check_width(a)
         a.check_finite()
@@ -127,7 +133,7 @@ cdef class Brain:
             Wrong kind or dtype; shape, contiguity, read-only, overlap or empty. Nothing is written then.
         """
         cdef Borrowed a = borrow(out, "out", _FLOATS, True)
-        cdef float* to = <float*>a.view.buf
+        cdef float* to = <float*>a.data
         self._check_width(a)
         self.engine.enter()
         try:
@@ -147,7 +153,7 @@ cdef class Brain:
         self.state.reset(streams)
 
     cdef int _check_width(self, Borrowed a) except -1:
-        if self.engine.streams > 1 or a.view.ndim != 1:
+        if self.engine.streams > 1 or len(a.shape) != 1:
             return a.check_shape((self.engine.streams, self.engine.config.dim))
         return a.check_shape((self.engine.config.dim,))
 
@@ -177,8 +183,8 @@ cdef class Decoder:
         cdef Borrowed a = borrow(broca, "broca", _FLOATS)
         cdef Borrowed b = borrow(out, "out", _FLOATS, True)
         cdef int64_t rows = self._rows(a)
-        cdef const float* source = <const float*>a.view.buf
-        cdef float* to = <float*>b.view.buf
+        cdef const float* source = <const float*>a.data
+        cdef float* to = <float*>b.data
         b.check_shape((rows, self.engine.config.vocab_size))
         b.check_apart(a)
         self.engine.enter()
@@ -214,16 +220,12 @@ cdef class Decoder:
         cdef Borrowed a = borrow(broca, "broca", _FLOATS)
         cdef Borrowed b = borrow(ids_out, "ids_out", ("int32",), True)
         cdef int64_t rows = self._rows(a)
-        cdef const float* source = <const float*>a.view.buf
-        cdef int32_t* to = <int32_t*>b.view.buf
-        cdef Sampling sampling
-        check_sampling(temperature, top_k, top_p, seed)
-        _check_word("position", position)
+        cdef const float* source = <const float*>a.data
+        cdef int32_t* to = <int32_t*>b.data
+        cdef Sampling sampling = sampling_of(temperature, top_k, top_p, greedy, seed, position)
         a.check_finite()
         b.check_shape((rows,))
         b.check_apart(a)
-        sampling.temperature, sampling.top_k, sampling.top_p = temperature, min(top_k, 2**31 - 1), top_p
-        sampling.greedy, sampling.seed, sampling.position = greedy, seed, position
         self.engine.enter()
         try:
             with blas_at_one_thread, nogil:
@@ -233,41 +235,6 @@ cdef class Decoder:
 
     cdef int64_t _rows(self, Borrowed broca) except -1:
         dim = self.engine.config.dim
-        if broca.view.ndim != 2 or broca.view.shape[1] != dim:
-            raise ValueError(f"{broca.name}: expected shape [M, {dim}], got {broca.shape()}")
-        return broca.view.shape[0]
-
-
-cdef double _LEAST = np.finfo(np.float32).tiny
-cdef double _MOST = np.finfo(np.float32).max
-
-
-def check_sampling(temperature, top_k, top_p, seed):
-    """Refuses sampling arguments outside their ranges."""
-    check_real("temperature", temperature)
-    if not _LEAST <= temperature <= _MOST:
-        raise ValueError(f"temperature: expected a finite float32 number > 0 (greedy=True for the most probable "
-                         f"token), got {temperature!r}")
-    if isinstance(top_k, bool) or not isinstance(top_k, Integral):
-        raise TypeError(f"top_k: expected an integer >= 0, got {top_k!r}")
-    if top_k < 0:
-        raise ValueError(f"top_k: expected an integer >= 0, got {top_k!r}")
-    check_real("top_p", top_p)
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p: expected a number in (0, 1], got {top_p!r}")
-    _check_word("seed", seed)
-
-
-cdef int check_real(str name, object value) except -1:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
-    return 0
-
-
-cdef int _check_word(str name, object value) except -1:
-    """An unsigned 64-bit integer."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}: expected an integer in 0..2**64-1, got {value!r}")
-    if not 0 <= value < 2**64:
-        raise ValueError(f"{name}: expected an integer in 0..2**64-1, got {value!r}")
-    return 0
+        if len(broca.shape) != 2 or broca.shape[1] != dim:
+            raise ValueError(f"{broca.name}: expected shape [M, {dim}], got {broca.shape}")
+        return broca.shape[0]

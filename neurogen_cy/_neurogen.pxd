@@ -1,5 +1,5 @@
 # Mirror of src_cuda/include/neurogen; nothing else. Contracts are in the headers.
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t, uintptr_t
 from libcpp cimport bool
 from libcpp.memory cimport unique_ptr
 from libcpp.pair cimport pair
@@ -38,6 +38,9 @@ cdef extern from "neurogen/spec.h" namespace "neurogen" nogil:
         int max_tokens
         int threads
         uint64_t seed
+        int device
+        bool bf16
+        bool spin
 
 
 cdef extern from "neurogen/model.h" namespace "neurogen" nogil:
@@ -55,19 +58,24 @@ cdef extern from "neurogen/model.h" namespace "neurogen" nogil:
         vector[Tensor] arrays() except +
         void clear(const uint8_t*) except +
 
+    cdef cppclass Input:
+        const void* data
+        int itemsize
+        bool device
+
     cdef cppclass Tokens:
         int streams
         int tokens
-        const int32_t* ids
-        const uint8_t* resets
+        Input ids
+        Input resets
 
     cdef enum class Normalize:
         sum
         absolute
 
     cdef cppclass Targets:
-        const int32_t* ids
-        const float* weights
+        Input ids
+        Input weights
         Normalize normalize
         double divisor
         int32_t* predictions
@@ -107,6 +115,8 @@ cdef extern from "neurogen/model.h" namespace "neurogen" nogil:
 
     cdef cppclass Model:
         vector[Tensor]& tensors() except +
+        void read(const void*, void*, size_t) except +
+        void write(void*, const void*, size_t) except +
         void parameters_written() except +
         void gradients_exposed() except +
         State& state() except +
@@ -115,7 +125,8 @@ cdef extern from "neurogen/model.h" namespace "neurogen" nogil:
         void backward(const Tokens&, const Targets&, uint64_t, bool, StepStats*) except +
         void update(const CAdamW&, StepStats*) except +
         void advance(State&, const Tokens&, float*) except +
-        double evaluate(State&, const Tokens&, const int32_t*) except +
+        double evaluate(State&, const Tokens&, const Input&) except +
+        int generate(State&, float*, const Sampling&, int, int32_t*) except +
         void step(const float*, bool) except +
         void learn_held(const int32_t*, const Targets&, const CAdamW&, StepStats*) except +
         void broca_output(float*) except +
@@ -124,7 +135,10 @@ cdef extern from "neurogen/model.h" namespace "neurogen" nogil:
         void sample(const float*, int64_t, const Sampling&, int32_t*) except +
         double rate(int) except +
         void recorded(int, float*, float*) except +
+        uintptr_t stream() except +
+        void wait_for(uintptr_t) except +
         Counters counters() except +
+        vector[pair[string, string]] execution_plan() except +
 
     ctypedef vector[pair[string, int64_t]] MemoryPlan
     ctypedef void (*Sgemm)(char*, char*, int*, int*, int*, float*, float*, int*, float*, int*, float*, float*,
@@ -132,3 +146,15 @@ cdef extern from "neurogen/model.h" namespace "neurogen" nogil:
     unique_ptr[Model] make_cpu_model(const ModelSpec&, Sgemm) except +
     MemoryPlan cpu_memory_plan(const ModelSpec&) except +
     const char* cpu_instruction_set() except +
+
+    cdef cppclass CudaDevice:
+        string name
+        string driver
+        int64_t free_bytes
+        int64_t total_bytes
+
+    unique_ptr[Model] make_cuda_model(const ModelSpec&) except +
+    MemoryPlan cuda_memory_plan(const ModelSpec&) except +
+    int cuda_device_count() except +
+    CudaDevice cuda_device(int) except +
+    void load_cublas(const vector[string]&) except +

@@ -1,12 +1,12 @@
-# Neuron state as arrays, and the checks of arrays that are copied into a model.
+# Neuron state as arrays. Spikes are [K, S, n] inside and [S, K, n] outside.
 
-from neurogen_cy._neurogen cimport State
+from neurogen_cy._neurogen cimport State, Tensor, unique_ptr, vector
 
 
 cdef class NeuronState:
     """Neuron state of S streams: the model's own, or one that belongs to an evaluation or a generation."""
 
-    cdef Engine engine
+    cdef Core core
     cdef unique_ptr[State] owned
     cdef State* state
     cdef readonly int streams
@@ -16,25 +16,40 @@ cdef class NeuronState:
 
     def arrays(self):
         """{key: copy}: region.<name>.v and .w [S, n], .spikes [S, K, n] (newest first), broca.o [S, D]."""
-        self.engine.enter()
+        cdef vector[Tensor] tensors
+        self.core.enter()
         try:
-            return {view.key: np.array(_streams_first(view), order="C") for view in self.views(True)}
+            tensors = self.state.arrays()
+            out = {}
+            for i in range(tensors.size()):
+                key, array = tensors[i].key.decode(), self.core.read(tensors[i].data, tuple(tensors[i].shape))
+                out[key] = np.ascontiguousarray(array.transpose(1, 0, 2)) if _is_spikes(key) else array
+            return out
         finally:
-            self.engine.busy = False
+            self.core.busy = False
 
     def load(self, values):
         """Copies arrays as `arrays` gives them; nothing changes unless all of them fit."""
+        cdef vector[Tensor] tensors
         _check_mapping("state", values)
-        self.engine.enter()
+        self.core.enter()
         try:
-            pairs = [(_streams_first(view), _new_value(values, view)) for view in self.views(False)]
-            unknown = set(values) - {view.key for view in self.views(True)}
-            if unknown:
+            tensors = self.state.arrays()
+            known, pairs = set(), []
+            for i in range(tensors.size()):
+                key, shape = tensors[i].key.decode(), tuple(tensors[i].shape)
+                known.add(key)
+                if _is_spikes(key):
+                    value = _new_value(values, key, (shape[1], shape[0], shape[2])).transpose(1, 0, 2)
+                else:
+                    value = _new_value(values, key, shape)
+                pairs.append((i, value))
+            if unknown := set(values) - known:
                 raise ValueError(f"state: expected no other keys than the model's, got {sorted(map(str, unknown))}")
-            for to, value in pairs:
-                to[...] = value
+            for place, value in pairs:
+                self.core.write(tensors[<int>place].data, value)
         finally:
-            self.engine.busy = False
+            self.core.busy = False
 
     def reset(self, streams=None):
         """Clears all streams, or those numbered in `streams`."""
@@ -47,41 +62,12 @@ cdef class NeuronState:
                 raise IndexError(f"streams: expected 0..{self.streams - 1}, got {stream}")
             which[stream] = 1
         flags = which
-        self.engine.enter()
+        self.core.enter()
         try:
             self.state.clear(&flags[0])
         finally:
-            self.engine.busy = False
-
-    cdef list views(self, bint readonly):
-        cdef vector[Tensor] tensors = self.state.arrays()
-        out = []
-        for i in range(tensors.size()):
-            out.append(make_view(tensors[i].key.decode(), self, tensors[i].data, tuple(tensors[i].shape),
-                                 np.float32, readonly))
-        return out
+            self.core.busy = False
 
 
-cdef object _streams_first(TensorView view):
-    """Spikes are [K, S, n] inside and [S, K, n] outside."""
-    array = np.asarray(view)
-    return array.transpose(1, 0, 2) if view.key.endswith(".spikes") else array
-
-
-cdef int _check_mapping(str name, object values) except -1:
-    if not isinstance(values, Mapping):
-        raise TypeError(f"{name}: expected a mapping of key to array, got {type(values).__name__}")
-    return 0
-
-
-cdef object _new_value(object values, TensorView view):
-    """values[key], checked against the array it will be copied into."""
-    if view.key not in values:
-        raise ValueError(f"{view.key}: expected a value, got none")
-    value = host_array(values[view.key], view.key, (view.dtype.name,))
-    expected = _streams_first(view).shape
-    if value.shape != expected:
-        raise ValueError(f"{view.key}: expected shape {expected}, got {value.shape}")
-    if not np.isfinite(value).all():
-        raise ValueError(f"{view.key}: expected finite values, got NaN or infinity")
-    return value
+cdef bint _is_spikes(str key):
+    return key.endswith(".spikes")

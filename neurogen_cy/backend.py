@@ -1,4 +1,4 @@
-"""Which backends there are, and why one is missing."""
+"""Which backends there are, and why one cannot be used."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ NAMES = ("cuda", "cpu")  # in the order in which "auto" prefers them
 
 
 def _import(name: str) -> tuple[ModuleType | None, str | None]:
-    """(extension module, None) or (None, why it cannot be used)."""
+    """(extension module, None) or (None, why it does not load)."""
     try:
         return importlib.import_module(f"neurogen_cy._{name}"), None
     except ModuleNotFoundError as error:
@@ -20,13 +20,22 @@ def _import(name: str) -> tuple[ModuleType | None, str | None]:
         return None, f"the extension neurogen_cy._{name} does not load: {error}"
 
 
+def _usable(name: str) -> tuple[ModuleType | None, str | None]:
+    """(extension module, None) or (None, why no model can be made with it here)."""
+    module, reason = _import(name)
+    reason = reason if module is None else module.unavailable()
+    return (module, None) if reason is None else (None, reason)
+
+
 def available() -> dict[str, str | None]:
     """{backend: None where it can be used, else the reason why not}."""
-    return {name: _import(name)[1] for name in NAMES}
+    return {name: _usable(name)[1] for name in NAMES}
 
 
-def load(name: str) -> tuple[str, ModuleType]:
+def load(name: str, *, built: bool = False) -> tuple[str, ModuleType]:
     """The extension module of a backend; "auto" takes the first that can be used.
+
+    With `built`, a backend that is named need only be in this installation (to ask for its memory plan).
 
     Raises
     ------
@@ -39,8 +48,19 @@ def load(name: str) -> tuple[str, ModuleType]:
         raise ValueError(f"backend: expected 'auto', 'cpu' or 'cuda', got {name!r}")
     reasons = []
     for candidate in NAMES if name == "auto" else (name,):
-        module, reason = _import(candidate)
+        module, reason = _import(candidate) if built and name != "auto" else _usable(candidate)
         if module is not None:
             return candidate, module
         reasons.append(f"{candidate}: {reason}")
     raise RuntimeError("no usable backend; " + "; ".join(reasons))
+
+
+def precision(module: ModuleType, value: str | None) -> str:
+    """A precision of this backend, checked; None is its default."""
+    known: tuple[str, ...] = module.PRECISIONS
+    if value is None:
+        return known[0]
+    if value not in known:
+        choices = " or ".join(repr(choice) for choice in (None, *known))
+        raise ValueError(f"precision: expected {choices} on the {module.BACKEND} backend, got {value!r}")
+    return value

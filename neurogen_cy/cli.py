@@ -12,7 +12,7 @@ import click
 import numpy as np
 from threadpoolctl import threadpool_info
 
-from neurogen_cy import __version__, _cpu, backend, checkpoint, report
+from neurogen_cy import __version__, backend, checkpoint, report
 from neurogen_cy.cli_common import (
     PATH,
     backend_options,
@@ -48,9 +48,7 @@ main.add_command(train)
 @click.option("--all", "whole", is_flag=True, help="Evaluate on all of the text, not only its last 10 %.")
 @click.option("--ngrams", is_flag=True, help="Show 3-, 4- and 5-grams, counted on the first 90 %, beside it.")
 @backend_options
-def evaluate(
-    path: Path, data: Path | None, whole: bool, ngrams: bool, backend: str, threads: int | None
-) -> None:
+def evaluate(path: Path, data: Path | None, whole: bool, ngrams: bool, run_on: dict[str, Any]) -> None:
     """Measure a checkpoint on text: nats per byte, bits per byte, perplexity.
 
     CHECKPOINT is a checkpoint, or the folder of a run, whose best is then taken. The text is read as 16
@@ -69,7 +67,7 @@ def evaluate(
             text, facts = load_corpus(data)
         training, validation = split(text)
         held_out = evaluation_streams(text if whole else validation)
-        model = _load(path, backend, threads, STREAMS)
+        model = _load(path, run_on, STREAMS)
     nats = model.evaluate(*held_out)
     bits = report.ngram_bits(training, validation) if ngrams else {}
     click.echo(f"{path}, step {model.step}")
@@ -96,7 +94,7 @@ def evaluate(
 @click.option("--seed", type=click.IntRange(0), help="For the same text again.  [default: another each time]")
 @backend_options
 def generate(
-    path: Path, prompt: str, tokens: int, backend: str, threads: int | None, seed: int | None, **sampling: Any
+    path: Path, prompt: str, tokens: int, run_on: dict[str, Any], seed: int | None, **sampling: Any
 ) -> None:
     """Continue a text, printed as it is written.
 
@@ -106,7 +104,7 @@ def generate(
         raise click.UsageError("--prompt: expected at least one character, got an empty text")
     with usage_errors():
         text = prompt.encode("utf-8", "surrogateescape")
-        model = _load(checkpoint_in(path, BEST), backend, threads, 1)
+        model = _load(checkpoint_in(path, BEST), run_on, 1)
         seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
         pieces = stream_text(model, text, tokens, seed=seed, **sampling)
         first = next(pieces)
@@ -118,8 +116,22 @@ def generate(
 
 @main.command()
 @click.argument("path", metavar="[CHECKPOINT]", type=PATH, required=False)
-def info(path: Path | None) -> None:
-    """Say what is installed and what runs here; with a CHECKPOINT, what is in it."""
+@click.option(
+    "--preset",
+    type=click.Choice(list(SIZES)),
+    default="tiny",
+    show_default=True,
+    help="Whose execution plan to show.",
+)
+@click.option(
+    "--streams", type=click.IntRange(1), default=STREAMS, show_default=True, help="Streams side by side."
+)
+@click.option(
+    "--tokens", type=click.IntRange(1), default=TOKENS, show_default=True, help="Tokens of each in a call."
+)
+@backend_options
+def info(path: Path | None, preset: str, streams: int, tokens: int, run_on: dict[str, Any]) -> None:
+    """Say what is installed, what runs here and how; with a CHECKPOINT, what is in it."""
     if path is not None:
         with usage_errors():
             meta = checkpoint.read_meta(checkpoint_in(path, BEST))
@@ -127,29 +139,33 @@ def info(path: Path | None) -> None:
         return
     click.echo(f"neurogen_cy {__version__}, Python {platform.python_version()}, NumPy {np.__version__}")
     for name, reason in backend.available().items():
-        kernels = f", {_cpu.instruction_set()} kernels" if name == "cpu" else ""
-        click.echo(f"backend {name}: " + (f"ready{kernels}" if reason is None else f"not available: {reason}"))
+        ready = reason is None and f"ready, {backend.load(name)[1].describe(0)}"
+        click.echo(f"backend {name}: {ready or f'not available: {reason}'}")
     for pool in threadpool_info():
         kind, version = pool["internal_api"], pool.get("version") or "of unknown version"
         click.echo(f"{pool['user_api']}: {kind} {version}, {pool['num_threads']} threads, {pool['filepath']}")
     click.echo(f"cores: {len(os.sched_getaffinity(0))} for this process, {os.cpu_count()} in all")
-    click.echo(f"\nmemory on the CPU at {STREAMS} streams x {TOKENS} tokens, bytes as tokens")
+    with usage_errors(RuntimeError, MemoryError):
+        config = Config.preset(preset, vocab_size=256)
+        model = NeuroGen(config, streams=streams, max_tokens=tokens, **run_on)
+    click.echo(f"\nexecution plan of {preset} on the {model.backend} backend, {streams} streams x {tokens} tokens")
+    for name, value in model.execution_plan.items():
+        click.echo(f"  {name}: {value}")
+    click.echo(f"\nmemory there at {streams} streams x {tokens} tokens, bytes as tokens")
     click.echo(f"{'preset':8}{'neurons':>10}{'weights':>14}{'memory':>10}  of which")
     for name in SIZES:
         config = Config.preset(name, vocab_size=256)
-        plan = memory_plan(config, STREAMS, TOKENS, backend="cpu")
-        parts = ", ".join(
-            f"{part} {report.size_text(count)}" for part, count in plan.items() if part != "total"
-        )
+        plan = memory_plan(config, streams, tokens, model.backend, model.threads, model.precision)
+        parts = ", ".join(f"{part} {report.size_text(count)}" for part, count in plan.items())
         neurons = sum(region.neurons for region in config.regions)
-        total = report.size_text(plan.get("total", sum(plan.values())))
+        total = report.size_text(sum(plan.values()))
         click.echo(f"{name:8}{neurons:>10,}{config.weights:>14,}{total:>10}  {parts}")
 
 
-def _load(path: Path, backend: str, threads: int | None, streams: int) -> NeuroGen:
+def _load(path: Path, run_on: dict[str, Any], streams: int) -> NeuroGen:
     """Return the byte model in a checkpoint, ready for this many streams."""
     with usage_errors(RuntimeError, MemoryError):
-        model = NeuroGen.load(path, backend=backend, streams=streams, max_tokens=TOKENS, threads=threads)
+        model = NeuroGen.load(path, streams=streams, max_tokens=TOKENS, **run_on)
     if model.config.vocab_size != 256:
         raise click.UsageError(
             f"{path}: expected a model of bytes, vocab_size 256, got {model.config.vocab_size}"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
-from click.decorators import FC
 
 from neurogen_cy import atomic
 from neurogen_cy.data import default_corpus, read_corpus
@@ -29,15 +29,38 @@ def usage_errors(*more: type[Exception]) -> Iterator[None]:
         raise click.UsageError(str(error)) from error
 
 
-def backend_options(command: FC) -> FC:
-    """Add `--backend` and `--threads`."""
-    choices = click.Choice(["auto", "cpu", "cuda"])
-    command = click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all cores]")(
-        command
-    )
-    return click.option(
-        "--backend", type=choices, default="auto", show_default=True, help="Where to compute."
-    )(command)
+def backend_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add `--backend`, `--device`, `--precision` and `--threads`, and hand them over as `run_on`.
+
+    `run_on` has the arguments of `NeuroGen` and of `NeuroGen.load` by their names.
+    """
+
+    @functools.wraps(command)
+    def with_backend(**options: Any) -> Any:
+        names = ("backend", "device", "precision", "threads")
+        return command(run_on={name: options.pop(name) for name in names}, **options)
+
+    where = "Where to compute; auto: on the GPU where it can be used."
+    for option in (
+        click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all cores]"),
+        click.option(
+            "--precision",
+            type=click.Choice(["bf16", "fp32"]),
+            help="Of products.  [default: bf16 on the GPU, fp32 on the CPU]",
+        ),
+        click.option(
+            "--device", type=click.IntRange(0), default=0, show_default=True, help="Number of the GPU."
+        ),
+        click.option(
+            "--backend",
+            type=click.Choice(["auto", "cpu", "cuda"]),
+            default="auto",
+            show_default=True,
+            help=where,
+        ),
+    ):
+        with_backend = option(with_backend)
+    return with_backend
 
 
 def load_corpus(path: Path | None) -> tuple[bytes, dict[str, Any]]:

@@ -78,7 +78,7 @@ def train(**options: Any) -> None:
     """Train a brain on text, byte by byte: the first 90 % to learn, the last 10 % to validate.
 
     OUT holds metrics.jsonl and the checkpoints last and best. A resumed run keeps its text and its settings:
-    only --steps (a new total), --save-every, --out, --backend and --threads may change. Ctrl-C or SIGTERM
+    only --steps (a new total), --save-every, --out and where it runs may change. Ctrl-C or SIGTERM
     finishes the step, saves, and exits with status 130 or 143; a second one stops at once.
     """
     with usage_errors():
@@ -110,7 +110,8 @@ def _announce(run: Run) -> dict[int, float]:
     ngrams = report.ngram_bits(run.training, run.validation)
     click.echo(report.corpus_text(run.corpus, run.training, run.validation))
     click.echo(report.ngram_text(ngrams))
-    click.echo(report.model_text(run.name, model.config, model.backend, model.streams, model.max_tokens))
+    where = f"{model.backend}, {model.precision}"
+    click.echo(report.model_text(run.name, model.config, where, model.streams, model.max_tokens))
     click.echo(f"run         {trainer.out}, steps {model.step} to {trainer.settings.steps}")
     return ngrams
 
@@ -152,12 +153,11 @@ def _begin(options: dict[str, Any]) -> Run:
     with usage_errors(RuntimeError, MemoryError):
         model = NeuroGen(
             config,
-            backend=options["backend"],
             streams=streams,
             max_tokens=tokens,
             seed=options["seed"] or SEED,
-            threads=options["threads"],
             optimizer=AdamW(lr=settings.lr, weight_decay=WEIGHT_DECAY),
+            **options["run_on"],
         )
     trainer = Trainer(model, training, validation, settings, out, {"name": name, "corpus": corpus})
     return Run(trainer, name, corpus, training, validation)
@@ -199,13 +199,7 @@ def _resume(options: dict[str, Any]) -> Run | None:
     changed = {key: options[key] for key in ("steps", "save_every") if options[key] is not None}
     settings = Settings(**{field.name: run[field.name] for field in fields(Settings)} | changed)
     with usage_errors(RuntimeError, MemoryError):
-        model = NeuroGen.load(
-            saved,
-            backend=options["backend"],
-            streams=run["streams"],
-            max_tokens=run["tokens"],
-            threads=options["threads"],
-        )
+        model = NeuroGen.load(saved, streams=run["streams"], max_tokens=run["tokens"], **options["run_on"])
     if (options["preset"] or options["config"]) and _config(options)[1] != model.config:
         given = "--config" if options["config"] else "--preset"
         raise click.UsageError(

@@ -1,4 +1,4 @@
-"""Continuing prompts: prefill of unequal lengths, then one token at a time."""
+"""Continuing prompts: prefill of unequal lengths, then some tokens at a time, which stay on the device meanwhile."""
 
 from __future__ import annotations
 
@@ -119,24 +119,26 @@ def generate(
         raise ValueError(f"prompts: expected at most streams * max_tokens = {capacity}, got {count}")
     state = engine.own_state() if carry else engine.new_state(count)
 
-    def tokens() -> Iterator[NDArray[np.int32]]:
+    def tokens(ahead: int) -> Iterator[NDArray[np.int32]]:
         broca = prefill(engine, state, rows, capacity // count)
-        ids = np.empty(count, np.int32)
         finished = np.zeros(count, np.bool_)
-        for position in range(max_new_tokens):
-            model.decoder.sample_into(
-                broca, ids, temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy, seed=seed,
-                position=position,
-            )
-            said = np.where(finished, FINISHED, ids).astype(np.int32)
-            stopped = finished | np.isin(ids, stops)
-            if carry or not (stopped.all() or position + 1 == max_new_tokens):
-                # Before the yield: whoever holds a token also has a state that has heard it.
-                with unchanged(state, finished & carry):
-                    engine.advance(state, ids[:, None], broca)
-            finished = stopped
-            yield said
-            if finished.all():
-                return
+        position = 0
+        while position < max_new_tokens:
+            # Before the yield: whoever holds a token also has a state that has heard it.
+            count_now = min(ahead, max_new_tokens - position)
+            with unchanged(state, finished & carry):
+                drawn = engine.generate(
+                    state, broca, count_now, temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy,
+                    seed=seed, position=position,
+                )
+            for ids in drawn:
+                said = np.where(finished, FINISHED, ids).astype(np.int32)
+                finished = finished | np.isin(ids, stops)
+                yield said
+                if finished.all():
+                    return
+            if len(drawn) < count_now:
+                raise OverflowError("neuron state: expected finite values, got NaN or infinity")
+            position += len(drawn)
 
-    return tokens()
+    return tokens(1 if carry else model._module.TOKENS_AHEAD)  # a conversation hears no more than was said

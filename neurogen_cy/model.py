@@ -19,7 +19,7 @@ from neurogen_cy.config import Config
 from neurogen_cy.connectome import initial_parameters
 from neurogen_cy.optimizer import AdamW
 from neurogen_cy.results import StepResult
-from neurogen_cy.sizes import check_memory, model_sizes
+from neurogen_cy.sizes import check_memory, integer, model_sizes
 
 FLOAT_MAX = float(np.finfo(np.float32).max)
 
@@ -40,6 +40,7 @@ class NeuroGen:
     ----------
     config : Config
     backend : {"auto", "cpu", "cuda"}
+        "auto" takes the GPU where it can be used; "cuda" says why where it cannot.
     device : int
         CUDA device; must be 0 on the CPU.
     streams : int
@@ -48,13 +49,14 @@ class NeuroGen:
         Largest T of one call.
     seed : int in 0..2**64-1
         Draws the initial values, keys dropout, and is the default of sampling.
-    precision : {None, "fp32"}
-        The CPU computes in float32.
+    precision : {None, "bf16", "fp32"}
+        Of products: of bfloat16 values, summed in float32 (CUDA only, and its default), or of float32. Weights,
+        moments and neuron state are float32 either way.
     threads : int or None
         CPU threads; None = every core this process may use.
     optimizer : AdamW or None
     sync : {"block", "spin"}
-        How the host waits for a device; the CPU has nothing to wait for.
+        How the host waits for a device: asleep, or spinning on a core. The CPU has nothing to wait for.
     nonfinite : {"raise", "skip"}
         What a non-finite loss or gradient norm does: FloatingPointError, or a skipped (and counted) step. Weights,
         moments and neuron state stay as they were either way.
@@ -90,13 +92,15 @@ class NeuroGen:
             raise TypeError(f"optimizer: expected a neurogen_cy.AdamW, got {type(optimizer).__name__}")
         self.backend, self._module = backends.load(backend)
         self.config = config
-        self.device = _choice("device", device, 0)
+        self.device = integer("device", device, least=0)
         self.streams, self.max_tokens, self.threads = model_sizes(streams, max_tokens, threads)
-        self.precision = _choice("precision", precision, None, "fp32") or "fp32"
+        self.precision = backends.precision(self._module, precision)
         self.optimizer = AdamW() if optimizer is None else optimizer
         self.sync = _choice("sync", sync, "block", "spin")
         self.nonfinite = _choice("nonfinite", nonfinite, "raise", "skip")
-        check_memory(self._module, config, self.streams, self.max_tokens, self.threads)
+        check_memory(
+            self._module, config, self.streams, self.max_tokens, self.threads, self.device, self.precision
+        )
         values = initial_parameters(config, seed) if _parameters is None else dict(_parameters)
         self.seed = int(seed)
         topology = {
@@ -104,7 +108,8 @@ class NeuroGen:
         }
         values = {key: value for key, value in values.items() if not key.endswith(".rows")}
         self._engine = self._module.Engine(
-            config, topology, self.streams, self.max_tokens, self.threads, self.seed
+            config, topology, self.streams, self.max_tokens, self.threads, self.seed, self.device, self.precision,
+            self.sync,
         )
         self._engine.load_parameters(values)
         self._views = self._engine.parameters()
@@ -159,10 +164,13 @@ class NeuroGen:
         record : bool
             Keep membrane and spikes of this call for `recorded`.
 
+        On a GPU, ids, targets, weights and resets may be device arrays (`__cuda_array_interface__`). Their values are
+        checked where they are read, so a wrong one raises when the call ends, and changes nothing either.
+
         Raises
         ------
         TypeError, ValueError, IndexError
-            Before anything is touched; the message names the argument, expected and got.
+            The message names the argument, expected and got; nothing was touched.
         FloatingPointError
             With nonfinite="raise", when the loss or the gradient norm is not finite.
         """
@@ -309,7 +317,10 @@ class NeuroGen:
         self._engine.load_parameters(values)
 
     def gradients(self) -> dict[str, Any]:
-        """{key: writable zero-copy view} of every trainable tensor's gradient, the embedding's dense."""
+        """{key: writable zero-copy view} of every trainable tensor's gradient, the embedding's dense.
+
+        Whoever writes into device memory finishes (synchronises the stream) before the next call of the model.
+        """
         return dict(self._engine.gradients())
 
     def state(self) -> dict[str, NDArray[np.float32]]:
@@ -333,6 +344,11 @@ class NeuroGen:
         """Launches, synchronisations, bytes copied each way and allocations of the native library so far."""
         return dict(self._engine.counters())
 
+    @property
+    def execution_plan(self) -> dict[str, str]:
+        """How this model runs on this machine, for people: name and value."""
+        return dict(self._engine.execution_plan())
+
     # ---- keeping -----------------------------------------------------------------------------------------------
 
     def save(
@@ -353,6 +369,7 @@ class NeuroGen:
         """The model of a checkpoint, ready to go on exactly where it stopped.
 
         With another number of streams the neuron state starts from zero. `settings` are those of the constructor
-        that a checkpoint does not fix: threads, sync, nonfinite, optimizer.
+        that a checkpoint does not fix: precision, threads, sync, nonfinite, optimizer. A checkpoint written on one
+        backend goes on on the other.
         """
         return persistence.load(cls, directory, backend, device, streams, max_tokens, settings)

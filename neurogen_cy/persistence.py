@@ -19,6 +19,8 @@ from neurogen_cy.optimizer import AdamW
 if TYPE_CHECKING:
     from neurogen_cy.model import NeuroGen
 
+MOMENTS = ("moment1", "moment2")
+
 
 def save(
     model: NeuroGen, directory: str | os.PathLike[str], cursor: Mapping[str, Any] | None,
@@ -27,11 +29,9 @@ def save(
     """See `NeuroGen.save`."""
     moments = model._engine.moments()
     tensors = {
-        "model": {key: np.asarray(view) for key, view in model.parameters().items()},
+        "model": {key: _host(view) for key, view in model.parameters().items()},
         "optimizer": {
-            f"{key}.{name}": np.asarray(view)
-            for key, pair in moments.items()
-            for name, view in zip(("moment1", "moment2"), pair)
+            f"{key}.{name}": _host(view) for key, pair in moments.items() for name, view in zip(MOMENTS, pair)
         },
         "state": model.state(),
     }
@@ -50,6 +50,11 @@ def save(
         "extra": None if extra is None else dict(extra),
     }
     checkpoint.write(directory, tensors, meta)
+
+
+def _host(view: Any) -> Any:
+    """The array of a view: its own memory where that is the host's, else a copy."""
+    return view.numpy() if hasattr(view, "__cuda_array_interface__") else np.asarray(view)
 
 
 def load(
@@ -71,9 +76,10 @@ def load(
         cfg, backend, device, saved if streams is None else streams, max_tokens, seed, _parameters=tensors["model"],
         **settings,
     )
-    for key, views in model._engine.moments().items():
-        for name, view in zip(("moment1", "moment2"), views):
-            np.asarray(view)[...] = _fitting(directory, tensors, "optimizer", f"{key}.{name}", view.shape)
+    model._engine.load_moments({
+        key: [_fitting(directory, tensors, "optimizer", f"{key}.{name}", view.shape) for name in MOMENTS]
+        for key, (view, _) in model._engine.moments().items()
+    })
     if model.streams == saved:
         try:
             model.load_state(tensors["state"])

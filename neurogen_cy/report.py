@@ -31,11 +31,11 @@ def corpus_text(facts: Mapping[str, Any], training: bytes, validation: bytes) ->
     )
 
 
-def model_text(name: str, config: Config, backend: str, streams: int, tokens: int) -> str:
+def model_text(name: str, config: Config, where: str, streams: int, tokens: int) -> str:
     """Return the line that says what is trained and how wide a step is."""
     neurons = sum(region.neurons for region in config.regions)
     return (
-        f"model       {name}: {neurons:,} neurons, {config.weights:,} weights, backend {backend}, "
+        f"model       {name}: {neurons:,} neurons, {config.weights:,} weights, on {where}, "
         f"{streams} streams x {tokens} tokens a step"
     )
 

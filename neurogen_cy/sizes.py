@@ -6,7 +6,6 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import psutil
 
 from neurogen_cy import backend as backends
 from neurogen_cy.config import Config
@@ -17,22 +16,24 @@ MAX_THREADS = 1024
 """More than any machine has cores; far more than that would end the process inside the OpenMP runtime."""
 
 
-def integer(name: str, value: Any, most: int = MAX_COUNT) -> int:
+def integer(name: str, value: Any, most: int = MAX_COUNT, least: int = 1) -> int:
     """A checked count."""
-    expected = f"{name}: expected an integer in 1..{most}, got {value!r}"
+    expected = f"{name}: expected an integer in {least}..{most}, got {value!r}"
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(expected)
-    if not 1 <= value <= most:
+    if not least <= value <= most:
         raise ValueError(expected)
     return int(value)
 
 
 def memory_plan(
-    cfg: Config, streams: int = 1, max_tokens: int = 128, backend: str = "auto", threads: int | None = None
+    cfg: Config, streams: int = 1, max_tokens: int = 128, backend: str = "auto", threads: int | None = None,
+    precision: str | None = None,
 ) -> dict[str, int]:
-    """Bytes by part that a model would allocate; nothing is allocated."""
-    module = backends.load(backend)[1]
-    return dict(module.memory_plan(cfg, *model_sizes(streams, max_tokens, threads)))
+    """Bytes by part that a model would allocate; nothing is allocated, and "cuda" needs no device for it."""
+    module = backends.load(backend, built=True)[1]
+    plan = module.memory_plan(cfg, *model_sizes(streams, max_tokens, threads), backends.precision(module, precision))
+    return dict(plan)
 
 
 def model_sizes(streams: Any, max_tokens: Any, threads: Any) -> tuple[int, int, int]:
@@ -44,13 +45,28 @@ def model_sizes(streams: Any, max_tokens: Any, threads: Any) -> tuple[int, int, 
     return streams, max_tokens, threads
 
 
-def check_memory(module: ModuleType, cfg: Config, streams: int, max_tokens: int, threads: int) -> None:
-    """MemoryError with the plan's table where a model would not fit into what is free."""
-    plan = module.memory_plan(cfg, streams, max_tokens, threads)
-    total, free = sum(plan.values()), psutil.virtual_memory().available
-    if total > free:
-        table = "\n".join(f"  {part:<22}{size / 2**20:12,.1f} MiB" for part, size in plan.items())
-        raise MemoryError(
-            f"this model needs {total / 2**20:,.1f} MiB at streams={streams}, max_tokens={max_tokens}, and "
-            f"{free / 2**20:,.1f} MiB are free:\n{table}"
-        )
+def check_memory(
+    module: ModuleType, cfg: Config, streams: int, max_tokens: int, threads: int, device: int, precision: str
+) -> None:
+    """MemoryError with the plan's table, and the largest max_tokens that fits, where a model does not fit."""
+    free: int = module.free_bytes(device)
+
+    def plan(tokens: int) -> dict[str, int]:
+        return dict(module.memory_plan(cfg, streams, tokens, threads, precision))
+
+    def fits(tokens: int) -> bool:
+        return sum(plan(tokens).values()) <= free
+
+    if fits(max_tokens):
+        return
+    most, too_many = 0, max_tokens
+    while too_many - most > 1:
+        middle = (most + too_many) // 2
+        most, too_many = (middle, too_many) if fits(middle) else (most, middle)
+    parts = plan(max_tokens)
+    table = "\n".join(f"  {part:<22}{size / 2**20:12,.1f} MiB" for part, size in parts.items())
+    advice = f"max_tokens={most} is the largest that fits" if most else "not even max_tokens=1 fits"
+    raise MemoryError(
+        f"this model needs {sum(parts.values()) / 2**20:,.1f} MiB at streams={streams}, max_tokens={max_tokens}, and "
+        f"{free / 2**20:,.1f} MiB are free:\n{table}\n{advice}"
+    )

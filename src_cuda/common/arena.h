@@ -1,5 +1,5 @@
-// One allocation for everything a model or state owns. The same layout function runs twice: first to measure,
-// then to hand out pointers, so the memory plan cannot drift from what is allocated.
+// One allocation for everything a model or state owns, in host or device memory. The same layout function runs twice:
+// first to measure, then to hand out pointers, so the memory plan cannot drift from what is allocated.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ namespace neurogen {
 
 class Arena {
  public:
-  static constexpr size_t kAlign = 64;
+  static constexpr size_t kAlign = 256;
 
   // Counts `count` values under `part`; returns memory once allocate() was called, null while measuring.
   template <class T>
@@ -26,13 +26,18 @@ class Arena {
     return pointer;
   }
 
-  // Ends measuring: zeroed memory, handed out from the start again.
+  // Ends measuring: the caller's memory, bytes() of it, aligned, is handed out from the start.
+  void bind(void* memory) {
+    base_ = static_cast<char*>(memory);
+    used_ = 0;
+  }
+
+  // The same with zeroed host memory of the arena's own.
   void allocate() {
     void* memory = std::calloc(used_ + kAlign, 1);  // calloc: pages that are never touched cost nothing
     if (!memory) throw std::bad_alloc();
     owner_.reset(memory);
-    base_ = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory) + kAlign - 1) / kAlign * kAlign);
-    used_ = 0;
+    bind(reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory) + kAlign - 1) / kAlign * kAlign));
   }
 
   size_t bytes() const { return used_; }

@@ -6,13 +6,19 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define NG_HOST_DEVICE __host__ __device__
+#else
+#define NG_HOST_DEVICE
+#endif
+
 namespace neurogen {
 
 struct Philox {
   uint32_t word[4];
 };
 
-inline Philox philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
+NG_HOST_DEVICE inline Philox philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = 0xD2511F53ull * c0, p1 = 0xCD9E8D57ull * c2;
     c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
@@ -26,6 +32,6 @@ inline Philox philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_
 }
 
 // Uniform in [0, 1) with 24 random bits.
-inline float philox_uniform(uint32_t word) { return static_cast<float>(word >> 8) * 0x1p-24f; }
+NG_HOST_DEVICE inline float philox_uniform(uint32_t word) { return static_cast<float>(word >> 8) * 0x1p-24f; }
 
 }  // namespace neurogen

@@ -46,7 +46,7 @@ int32_t draw_token(const float* logits, int64_t vocab, const Sampling& sampling,
     } while (prefix < kept && reached < sampling.top_p * all);
     kept = prefix;
   }
-  if (kept < vocab) std::sort(scratch, scratch + kept);
+  if (kept < vocab || sampling.top_p < 1.0f) std::sort(scratch, scratch + kept);  // back to id order
   double all = 0, reached = 0;
   for (int64_t i = 0; i < kept; ++i) all += mass(scratch[i]);
   const double goal = uniform(sampling, row) * all;

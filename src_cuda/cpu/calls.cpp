@@ -1,4 +1,5 @@
 // The public calls of the CPU model: which of the steps above each one runs, and when state is committed.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
@@ -32,8 +33,7 @@ void CpuModel::run(const Targets& targets, uint64_t call, bool accumulate, StepS
 }
 
 void CpuModel::train(const Tokens& tokens, const Targets& targets, const AdamW& adam, uint64_t call, StepStats* stats) {
-  stage(*state_, tokens.streams, tokens.tokens, tokens.resets);
-  stage_ids(tokens.ids);
+  stage(*state_, tokens);
   run(targets, call, false, stats);
   if (stats->finite) update(adam, stats);
   if (stats->finite) commit();
@@ -41,8 +41,7 @@ void CpuModel::train(const Tokens& tokens, const Targets& targets, const AdamW& 
 
 void CpuModel::backward(const Tokens& tokens, const Targets& targets, uint64_t call, bool accumulate,
                         StepStats* stats) {
-  stage(*state_, tokens.streams, tokens.tokens, tokens.resets);
-  stage_ids(tokens.ids);
+  stage(*state_, tokens);
   run(targets, call, accumulate, stats);
   if (stats->finite) commit();
 }
@@ -53,7 +52,7 @@ void CpuModel::commit_finite() {
 }
 
 void CpuModel::step(const float* x, bool hold) {
-  stage(*state_, spec_.streams, 1, nullptr);
+  stage_streams(*state_, spec_.streams, 1, nullptr);
   stage_rows(x);
   forward();
   if (!hold) commit_finite();
@@ -70,8 +69,7 @@ void CpuModel::learn_held(const int32_t* ids, const Targets& targets, const Adam
 }
 
 void CpuModel::advance(State& state, const Tokens& tokens, float* broca) {
-  stage(static_cast<CpuState&>(state), tokens.streams, tokens.tokens, tokens.resets);
-  stage_ids(tokens.ids);
+  stage(state, tokens);
   forward();
   commit_finite();
   if (broca) {
@@ -79,9 +77,8 @@ void CpuModel::advance(State& state, const Tokens& tokens, float* broca) {
   }
 }
 
-double CpuModel::evaluate(State& state, const Tokens& tokens, const int32_t* targets) {
-  stage(static_cast<CpuState&>(state), tokens.streams, tokens.tokens, tokens.resets);
-  stage_ids(tokens.ids);
+double CpuModel::evaluate(State& state, const Tokens& tokens, const Input& targets) {
+  stage(state, tokens);
   Targets plain;
   plain.ids = targets;
   stage_targets(plain);
@@ -91,6 +88,24 @@ double CpuModel::evaluate(State& state, const Tokens& tokens, const int32_t* tar
   double total = 0;
   for (int64_t row = 0; row < rows_; ++row) total += row_loss_[row];
   return total;
+}
+
+int CpuModel::generate(State& state, float* broca, const Sampling& sampling, int count, int32_t* ids) {
+  Sampling draw = sampling;
+  Tokens said;
+  said.streams = state.streams();
+  said.tokens = 1;
+  for (int i = 0; i < count; ++i, ++draw.position) {
+    int32_t* now = ids + int64_t{i} * said.streams;
+    sample(broca, said.streams, draw, now);
+    said.ids.data = now;
+    try {
+      advance(state, said, broca);
+    } catch (const std::overflow_error&) {
+      return i;
+    }
+  }
+  return count;
 }
 
 void CpuModel::broca_output(float* out) {
@@ -104,6 +119,15 @@ void CpuModel::encode(const int32_t* ids, int64_t count, float* out) {
   for (int64_t i = 0; i < count; ++i) {
     std::memcpy(out + i * spec_.dim, embedding_ + int64_t{ids[i]} * spec_.dim, sizeof(float) * spec_.dim);
   }
+}
+
+void CpuModel::read(const void* from, void* host, size_t bytes) { std::memcpy(host, from, bytes); }
+
+// The host array may be the model's own.
+void CpuModel::write(void* to, const void* host, size_t bytes) { std::memmove(to, host, bytes); }
+
+void CpuModel::wait_for(uintptr_t stream) {
+  throw std::invalid_argument("stream: expected none, the CPU has no streams, got " + std::to_string(stream));
 }
 
 }  // namespace neurogen::cpu

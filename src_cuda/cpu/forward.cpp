@@ -48,12 +48,14 @@ struct CpuModel::Share {
   int last_tile(int tiles) const { return tiles * (rank + 1) / team; }
 };
 
+bool CpuModel::shares_ticks(int streams) const { return streams < threads_ && neurons_ >= kTeamNeurons; }
+
 void CpuModel::forward() {
   refresh_derived();
   const int chunk = std::min({chunk_limit_, tokens_, std::max(1, kChunkRows / streams_)});
   const int readout_tiles = spec_.dim / kBlock, groups = std::min(streams_, kGroupsPerThread * threads_);
   const int64_t readout_pieces = (rows_ + kReadoutRows - 1) / kReadoutRows;
-  const bool together = streams_ < threads_ && neurons_ >= kTeamNeurons;
+  const bool together = shares_ticks(streams_);
 #pragma omp parallel num_threads(workers(rows_* weights_))
   {
     float* scratch = tile_scratch_ + omp_get_thread_num() * tile_scratch_stride_;

@@ -262,6 +262,14 @@ void CpuModel::refresh_derived() {
   derived_stale_ = false;
 }
 
+std::vector<std::pair<std::string, std::string>> CpuModel::execution_plan() const {
+  return {{"kernels", kernels().name},
+          {"threads", std::to_string(threads_)},
+          {"schedule", shares_ticks(spec_.streams) ? "wavefront: threads share the neurons of each tick"
+                                                   : "groups: each thread takes streams of its own"},
+          {"logits at a time", std::to_string(logit_rows_) + " rows"}};
+}
+
 double CpuModel::rate(int region) const {
   double spikes = 0;
   for (int j = 0; j < regions_[region].n; ++j) spikes += regions_[region].spike_count[j];

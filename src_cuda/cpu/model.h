@@ -59,6 +59,8 @@ class CpuModel final : public Model {
   static MemoryPlan plan(const ModelSpec& spec);
 
   std::vector<Tensor>& tensors() override { return tensors_; }
+  void read(const void* from, void* host, size_t bytes) override;
+  void write(void* to, const void* host, size_t bytes) override;
   void parameters_written() override { derived_stale_ = true; }
   void gradients_exposed() override { scan_embedding_rows_ = true; }
   State& state() override { return *state_; }
@@ -68,7 +70,8 @@ class CpuModel final : public Model {
   void backward(const Tokens&, const Targets&, uint64_t call, bool accumulate, StepStats*) override;
   void update(const AdamW&, StepStats*) override;
   void advance(State& state, const Tokens&, float* broca) override;
-  double evaluate(State& state, const Tokens&, const int32_t* targets) override;
+  double evaluate(State& state, const Tokens&, const Input& targets) override;
+  int generate(State& state, float* broca, const Sampling&, int count, int32_t* ids) override;
   void step(const float* x, bool hold) override;
   void learn_held(const int32_t* ids, const Targets&, const AdamW&, StepStats*) override;
   void broca_output(float* out) override;
@@ -78,7 +81,10 @@ class CpuModel final : public Model {
 
   double rate(int region) const override;
   void recorded(int region, float* u, float* s) const override;
+  uintptr_t stream() const override { return 0; }
+  void wait_for(uintptr_t stream) override;
   Counters counters() const override { return counters_; }
+  std::vector<std::pair<std::string, std::string>> execution_plan() const override;
 
  private:
   explicit CpuModel(const ModelSpec& spec);  // measures only
@@ -96,12 +102,14 @@ class CpuModel final : public Model {
   int workers(int64_t multiply_adds) const { return multiply_adds < kParallelWork ? 1 : threads_; }
 
   // tokens.cpp
-  void stage(CpuState& state, int streams, int tokens, const uint8_t* resets);
+  void stage(State& state, const Tokens& tokens);
+  void stage_streams(CpuState& state, int streams, int tokens, const uint8_t* resets);
   void stage_ids(const int32_t* ids);
   void stage_rows(const float* x);
   void stage_targets(const Targets& targets);
 
   // forward.cpp
+  bool shares_ticks(int streams) const;  // which of the two schedules calls of so many streams take
   void forward();
   void embed_region(Region& region, int tile, float* table);
   struct Share;

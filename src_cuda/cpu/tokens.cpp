@@ -7,7 +7,12 @@
 
 namespace neurogen::cpu {
 
-void CpuModel::stage(CpuState& state, int streams, int tokens, const uint8_t* resets) {
+void CpuModel::stage(State& state, const Tokens& tokens) {
+  stage_streams(static_cast<CpuState&>(state), tokens.streams, tokens.tokens, tokens.resets.host<uint8_t>());
+  stage_ids(tokens.ids.host<int32_t>());
+}
+
+void CpuModel::stage_streams(CpuState& state, int streams, int tokens, const uint8_t* resets) {
   active_ = &state;
   streams_ = streams;
   tokens_ = tokens;
@@ -64,12 +69,14 @@ void CpuModel::stage_rows(const float* x) {
 }
 
 void CpuModel::stage_targets(const Targets& targets) {
+  const int32_t* ids = targets.ids.host<int32_t>();
+  const float* weights = targets.weights.host<float>();
   double total = 0;
   for (int token = 0; token < tokens_; ++token) {
     for (int stream = 0; stream < streams_; ++stream) {
       const int64_t row = int64_t{token} * streams_ + stream, at = int64_t{stream} * tokens_ + token;
-      const float weight = targets.weights ? targets.weights[at] : 1.0f;
-      target_ids_[row] = targets.ids[at];
+      const float weight = weights ? weights[at] : 1.0f;
+      target_ids_[row] = ids[at];
       target_weights_[row] = weight;
       total += targets.normalize == Normalize::absolute ? std::abs(weight) : weight;
     }

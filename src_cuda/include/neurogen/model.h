@@ -1,12 +1,14 @@
 // The contract every backend fulfils. No CUDA type appears here, so the Cython binding compiles with the
 // host compiler alone. Shape letters: spec.h.
 //
-// Pointers of a call (ids, targets, outputs) are host memory, contiguous, never null unless said, never
-// aliasing each other. A Model is used by one thread at a time; the binding refuses a second one.
-// Errors: std::invalid_argument (bad argument), std::bad_alloc, std::runtime_error. A call that throws leaves
-// weights, moments and neuron state as they were.
+// Pointers of a call are contiguous, never null unless said, never aliasing each other, and host memory unless an
+// Input says otherwise. A Model is used by one thread at a time; the binding refuses a second one.
+// Errors: std::invalid_argument (bad argument), std::out_of_range (token id in device memory), std::overflow_error
+// (neuron state not finite), std::bad_alloc, std::runtime_error (CUDA). A call that throws leaves weights, moments
+// and neuron state as they were.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -48,23 +50,36 @@ class State {
   virtual void clear(const uint8_t* which) = 0;
 };
 
+// An array that a call reads. The binding checks host arrays and makes ids int32. Device arrays (CUDA models only)
+// are memory of the model's device, ready on the model's stream; ids may be int64 too, and the kernel that reads them
+// checks their range.
+struct Input {
+  const void* data = nullptr;  // null = not given
+  int itemsize = 4;
+  bool device = false;
+  template <class T>
+  const T* host() const {
+    return static_cast<const T*>(data);
+  }
+};
+
 // Tokens of one call. Layout [S, T], as the user has it.
 struct Tokens {
-  int streams = 0;                  // S
-  int tokens = 0;                   // T; S*T <= B*max_tokens
-  const int32_t* ids = nullptr;     // every id in [0, V)
-  const uint8_t* resets = nullptr;  // null = none
+  int streams = 0;  // S
+  int tokens = 0;   // T; S*T <= B*max_tokens
+  Input ids;        // every id in [0, V)
+  Input resets;     // uint8
 };
 
 enum class Normalize { sum, absolute };
 
 // What the tokens are compared with. Layout [S, T].
 struct Targets {
-  const int32_t* ids = nullptr;    // every id in [0, V)
-  const float* weights = nullptr;  // null = ones
+  Input ids;      // every id in [0, V)
+  Input weights;  // float; not given = ones
   Normalize normalize = Normalize::sum;
   double divisor = -1.0;           // >= 0 replaces the sum of weights
-  int32_t* predictions = nullptr;  // out, may be null: most probable token
+  int32_t* predictions = nullptr;  // out, host, may be null: most probable token
 };
 
 struct AdamW {
@@ -100,6 +115,9 @@ class Model {
   virtual ~Model() = default;
 
   virtual std::vector<Tensor>& tensors() = 0;
+  // Copies between the host and memory of tensors() or State::arrays(), finished on return.
+  virtual void read(const void* from, void* host, size_t bytes) = 0;
+  virtual void write(void* to, const void* host, size_t bytes) = 0;
   // Says that parameter values were written through tensors(): derived copies are renewed at the next use.
   virtual void parameters_written() = 0;
   // Says that a user got writable access to the gradients: the next update looks at every embedding row.
@@ -119,7 +137,11 @@ class Model {
   // Advances `state` over tokens without a loss; broca: [S, D] output after the last token, may be null.
   virtual void advance(State& state, const Tokens&, float* broca) = 0;
   // Advances `state` and adds up unweighted cross-entropy (nats) over all S*T tokens.
-  virtual double evaluate(State& state, const Tokens&, const int32_t* targets) = 0;
+  virtual double evaluate(State& state, const Tokens&, const Input& targets) = 0;
+  // `count` times: draws a token per stream from broca [S, D] (positions sampling.position, + 1, ...) and advances
+  // `state` by it. ids: out, [count, S]; broca: in, and out when all went well. Returns how many tokens the state heard:
+  // fewer than `count` where it would not have stayed finite after the next one.
+  virtual int generate(State& state, float* broca, const Sampling&, int count, int32_t* ids) = 0;
 
   // One token whose embedding the caller brings: x [B, D]. With hold = true the step stays open (state not
   // committed) until learn_held(), so that a token-by-token loop can learn from the very step it ran (without dropout).
@@ -136,7 +158,15 @@ class Model {
   virtual double rate(int region) const = 0;
   virtual void recorded(int region, float* u, float* s) const = 0;
 
+  // The model's own CUDA stream (0 on the CPU). Device arrays are ready for it once wait_for() was called with the
+  // stream that writes them (1 = the legacy default stream, 2 = the per-thread default stream, else a cudaStream_t);
+  // nobody waits on the host.
+  virtual uintptr_t stream() const = 0;
+  virtual void wait_for(uintptr_t stream) = 0;
+
   virtual Counters counters() const = 0;
+  // How this model runs on this machine, for people: name and value.
+  virtual std::vector<std::pair<std::string, std::string>> execution_plan() const = 0;
 };
 
 // Part names and bytes of what a model allocates.
@@ -149,5 +179,17 @@ using Sgemm = void (*)(char* transa, char* transb, int* m, int* n, int* k, float
 std::unique_ptr<Model> make_cpu_model(const ModelSpec&, Sgemm);
 MemoryPlan cpu_memory_plan(const ModelSpec&);
 const char* cpu_instruction_set();  // "avx512", "avx2" or "baseline": the kernels this machine runs
+
+// CUDA. None of these needs a driver to be linked or imported; they throw std::runtime_error where there is none.
+struct CudaDevice {
+  std::string name, driver;
+  int64_t free_bytes = 0, total_bytes = 0;
+};
+std::unique_ptr<Model> make_cuda_model(const ModelSpec&);
+MemoryPlan cuda_memory_plan(const ModelSpec&);
+int cuda_device_count();  // throws with the reason where no device can be used
+CudaDevice cuda_device(int device);
+// Loads cuBLASLt from the first of these paths that works (once a process).
+void load_cublas(const std::vector<std::string>& paths);
 
 }  // namespace neurogen

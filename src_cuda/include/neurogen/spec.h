@@ -52,6 +52,9 @@ struct ModelSpec {
   int max_tokens = 1;  // largest T of one call
   int threads = 1;     // CPU threads of one call
   uint64_t seed = 0;   // keys dropout
+  int device = 0;      // CUDA device
+  bool bf16 = false;   // CUDA: products of bf16 values with fp32 accumulation, 16-bit saved activations
+  bool spin = false;   // CUDA: wait for the device by spinning instead of sleeping
 
   int readout() const { return static_cast<int>(regions.size()); }
   int width(int node) const {  // neurons of a region, D for the embedding and broca_out

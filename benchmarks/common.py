@@ -1,7 +1,10 @@
 """What every benchmark records: the machine, the commit, medians and their spread."""
 
+import datetime
 import json
+import os
 import platform
+import re
 import statistics
 import subprocess
 from pathlib import Path
@@ -11,15 +14,43 @@ import numpy as np
 RESULTS = Path(__file__).parent / "results"
 
 
+def output(*command):
+    """What a command prints, "" where it cannot be run."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
+    except OSError:
+        return ""
+
+
+def commit():
+    """Of the sources, from git or from NEUROGEN_COMMIT where there is none; "" where unknown."""
+    return os.environ.get("NEUROGEN_COMMIT") or output("git", "describe", "--always", "--dirty", "--abbrev=12")
+
+
 def machine():
     """Processor, commit and versions of a record."""
     model = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),
     )
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    return {"processor": model, "python": platform.python_version(), "numpy": np.__version__, "commit": commit}
+    return {"processor": model, "python": platform.python_version(), "numpy": np.__version__, "commit": commit()}
+
+
+def gpu():
+    """GPU, driver, CUDA toolkit, commit and date of a record; null where unknown."""
+    facts = output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader").split("\n")[0]
+    name, _, driver = facts.partition(", ")
+    release = next(
+        (found for nvcc in ("nvcc", "/usr/local/cuda/bin/nvcc")
+         if (found := re.search(r"release ([\d.]+)", output(nvcc, "--version")))), None
+    )  # fmt: skip
+    return {
+        "gpu": name or None,
+        "driver": driver or None,
+        "cuda": release[1] if release else None,
+        "commit": commit() or None,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 def spread(values):

@@ -62,15 +62,63 @@ def quality():
     return table(head, rows) + "\n\nBits per byte on the last 10 % of the text; preset `tiny`, CPU, two threads."
 
 
+def train_step():
+    """Every size of the GPU record, ours beside the peer's two."""
+    data = record("train_step")
+    rows = []
+    for ours in (row for row in data["rows"] if row["peer"] is None):
+        size = {key: ours[key] for key in ("preset", "B", "T")}
+        peers = [row for row in data["rows"] if row["peer"] and all(row[key] == size[key] for key in size)]
+        (low, high), cells = ours["ms_spread"], []
+        for peer in sorted(peers, key=lambda row: "no optimizer" in row["peer"]):
+            cells += [f"{peer['tok_s']:,.0f}", f"{ours['tok_s'] / peer['tok_s']:.2f}"]
+        rows.append([
+            f"`{ours['preset']}`", ours["precision"], f"{ours['B']} x {ours['T']}",
+            f"{ours['ms']:.2f} ({low:.2f} to {high:.2f})", f"**{ours['tok_s']:,.0f}**", *(cells or ["", "", "", ""]),
+        ])  # fmt: skip
+    head = ["preset", "precision", "streams x tokens", "ms a step", "tokens/s",
+            "LSTM with optimizer, tokens/s", "ratio", "LSTM without, tokens/s", "ratio"]
+    names = sorted({row["peer"].split(",")[0] for row in data["rows"] if row["peer"]})
+    beside = f" Beside it: {'; '.join(names)}, AdamW fused or none, no clipping." if names else ""
+    return table(head, rows) + (
+        f"\n\n{data['gpu']}, driver {data['driver']}, commit {data['commit']}; median (smallest to largest) of whole "
+        f"train steps on random token ids, clipping and AdamW included.{beside}"
+    )
+
+
+def quality_gpu():
+    """Validation over training time, at some points of the curve."""
+    data = record("quality_gpu")
+    curve, best, recipe = data["curve"], data["best"], data["recipe"]
+    every = max(1, -(-len(curve) // 8))
+    points = [point for i, point in enumerate(curve) if (i + 1) % every == 0 or point in (best, curve[-1])]
+    rows = [[f"{point['step']:,}", f"{point['tokens'] / 1e6:.1f} M", f"{point['train_seconds']:.1f} s",
+             f"{point['train_nats']:.3f}",
+             f"{'**' * (point == best)}{point['validation_nats']:.3f}{'**' * (point == best)}"] for point in points]
+    head = ["step", "bytes read", "training", "training nats", "validation nats a byte"]
+    return table(head, rows) + (
+        f"\n\n{data['text']}, preset `{recipe['preset']}`, {data['weights'] / 1e6:.1f} M weights, {data['precision']}, "
+        f"{recipe['streams']} x {recipe['tokens']}, rate {recipe['lr']:g}, dropout {recipe['dropout']:g}; "
+        f"{data['train_tok_s']:,.0f} tokens/s; {data['gpu']}, commit {data['commit']}."
+    )
+
+
 def main():
-    makers = {"cpu": cpu, "answer": answer, "quality": quality}
+    makers = {
+        "cpu": cpu, "answer": answer, "quality": quality, "train_step": train_step, "quality_gpu": quality_gpu
+    }  # fmt: skip
     for path in (HERE.parent / "README.md", HERE / "README.md"):
         text = path.read_text()
         for name, make in makers.items():
             marks = f"<!-- {name} -->", f"<!-- /{name} -->"
-            if marks[0] in text:
+            try:
+                made = make() if marks[0] in text else None
+            except FileNotFoundError as missing:
+                print(f"{name}: nothing measured yet ({missing})")
+                continue
+            if made is not None:
                 before, after = text.split(marks[0])[0], text.split(marks[1])[1]
-                text = f"{before}{marks[0]}\n{make()}\n{marks[1]}{after}"
+                text = f"{before}{marks[0]}\n{made}\n{marks[1]}{after}"
         path.write_text(text)
         print(f"wrote {path}")
 

@@ -1,4 +1,4 @@
-"""Fixtures: every behavioural test runs on each backend of this installation."""
+"""Fixtures: every behavioural test runs on the CPU and on the GPU."""
 
 import os
 
@@ -12,37 +12,31 @@ REQUIRE_GPU = os.environ.get("NEUROGEN_REQUIRE_GPU") == "1"
 
 
 def pytest_report_header():
-    """Says which backends these tests run on, and why one is left out."""
+    """Says which backends these tests run on, and why one is skipped."""
     return [f"backend {name}: {reason or 'tested'}" for name, reason in backends.available().items()]
 
 
 def pytest_generate_tests(metafunc):
-    """A test that asks for `backend` runs once per backend that can be used here; the GPU's runs are marked `gpu`.
-
-    NEUROGEN_REQUIRE_GPU=1 adds the GPU even where it cannot be used, so that its tests fail instead of missing.
-    """
+    """A test that asks for `backend` runs once per backend; the GPU's runs are marked `gpu`."""
     if "backend" in metafunc.fixturenames:
-        usable = [name for name, reason in backends.available().items() if reason is None]
-        names = ["cpu"] + ["cuda"] * (REQUIRE_GPU or "cuda" in usable)
-        marks = {"cuda": [pytest.mark.gpu], "cpu": []}
-        metafunc.parametrize("backend", [pytest.param(name, marks=marks[name]) for name in names], indirect=True)
+        metafunc.parametrize("backend", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
 
-@pytest.fixture
-def backend(request):
-    """Name of a backend, which can be used."""
-    reason = backends.available()[request.param]
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Where the GPU cannot be used its tests skip and say why; NEUROGEN_REQUIRE_GPU=1 makes them fail instead."""
+    reason = backends.available()["cuda"] if item.get_closest_marker("gpu") else None
     if reason is not None:
-        pytest.fail(f"backend {request.param}: {reason}")
-    return request.param
+        (pytest.fail if REQUIRE_GPU else pytest.skip)(f"backend cuda: {reason}")
 
 
 @pytest.fixture
 def make_model(backend):
-    """Builds a model, by default at one thread, with given parameters and state where they are passed."""
+    """Builds a model, by default in fp32 and at one thread, with given parameters and state where they are passed."""
 
     def make(cfg, *, params=None, state=None, **settings):
-        model = ng.NeuroGen(cfg, backend=backend, **{"threads": 1, **settings}, _parameters=_float32(params))
+        settings = {"precision": "fp32", "threads": 1, **settings}
+        model = ng.NeuroGen(cfg, backend=backend, **settings, _parameters=_float32(params))
         if state is not None:
             model.load_state(_float32(state))
         return model

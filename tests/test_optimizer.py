@@ -26,6 +26,11 @@ STEPS = 6
 UNIT = 2.0**-24  # relative error of one float32 rounding
 
 
+def build(backend, cfg=CONFIG, **settings):
+    fixed = {"streams": B, "max_tokens": T, "seed": 2, "threads": 1, "precision": "fp32"}
+    return ng.NeuroGen(cfg, backend=backend, **fixed, **settings)
+
+
 def batch(number):
     """Ids of a few rows only: some never heard, some heard once and then left alone."""
     rng = np.random.default_rng(number)
@@ -94,7 +99,7 @@ def check_step(m, optimizer, step, heard, update, lr=None):
 )
 def test_updates_follow_the_oracle(backend, optimizer, tied):
     cfg = dataclasses.replace(CONFIG, tie_decoder=tied)
-    m = ng.NeuroGen(cfg, backend=backend, streams=B, max_tokens=T, seed=2, threads=1, optimizer=optimizer)
+    m = build(backend, cfg, optimizer=optimizer)
     start, norms = arrays(m.parameters()), []
     for step in range(STEPS):
         ids, targets = batch(step)
@@ -110,7 +115,7 @@ def test_updates_follow_the_oracle(backend, optimizer, tied):
 
 @pytest.mark.parametrize("factor", [0.99, 1.01])
 def test_clipping_begins_at_the_norm(backend, factor):
-    m = ng.NeuroGen(CONFIG, backend=backend, streams=B, max_tokens=T, seed=2, threads=1)
+    m = build(backend)
     for step in range(2):  # Adam's first step hides a scale
         ids, targets = batch(step)
         m.backward_batch(ids, targets)
@@ -120,9 +125,7 @@ def test_clipping_begins_at_the_norm(backend, factor):
 
 
 def test_train_step_batch_is_backward_and_update(backend):
-    whole, parts = (
-        ng.NeuroGen(CONFIG, backend=backend, streams=B, max_tokens=T, seed=2, threads=1) for _ in range(2)
-    )
+    whole, parts = (build(backend) for _ in range(2))
     for step in range(STEPS):
         result = whole.train_step_batch(*batch(step), lr=1e-3 * step)
         separate = parts.backward_batch(*batch(step))
@@ -135,7 +138,7 @@ def test_train_step_batch_is_backward_and_update(backend):
 def test_lr_of_one_call(backend):
     """An lr of its own acts on this step alone; 0 moves moments and no weight."""
     optimizer = ng.AdamW(weight_decay=0.05)
-    m = ng.NeuroGen(CONFIG, backend=backend, streams=B, max_tokens=T, seed=2, threads=1, optimizer=optimizer)
+    m = build(backend, optimizer=optimizer)
     for step, lr in enumerate((None, 0.05, None)):
         ids, targets = batch(step)
         m.backward_batch(ids, targets)
@@ -149,7 +152,7 @@ def test_lr_of_one_call(backend):
 def test_decay_reaches_synapses_and_the_decoder_alone(backend):
     optimizer = ng.AdamW(lr=1e-2, weight_decay=0.5)
     cfg = dataclasses.replace(CONFIG, rate_weight=0.0)
-    m = ng.NeuroGen(cfg, backend=backend, streams=B, max_tokens=T, threads=1, optimizer=optimizer)
+    m = build(backend, cfg, optimizer=optimizer)
     m.load_parameters({"decoder.bias": np.ones(V, np.float32)})
     m.backward_batch(*batch(0), weights=np.zeros((B, T), np.float32))  # and rate_weight 0: no gradient at all
     assert not any(gradient.any() for gradient in arrays(m.gradients()).values())
@@ -163,7 +166,7 @@ def test_decay_reaches_synapses_and_the_decoder_alone(backend):
 
 def test_the_lazy_embedding_waits(backend):
     """A row that is not heard keeps weight and moments; when it is, the global step corrects its bias."""
-    m = ng.NeuroGen(CONFIG, backend=backend, streams=B, max_tokens=T, seed=2, threads=1)
+    m = build(backend)
     rows = []
     for step in range(3):
         ids = np.full((B, T), 6 if step == 1 else 5, np.int32)

@@ -20,7 +20,8 @@ def make(backend):
         cfg = ng.Config(
             vocab, D, (ng.Region("low", 32, 0),), (ng.Projection("embedding", "low"), ng.Projection("low", "broca_out"))
         )
-        return ng.NeuroGen(cfg, backend=backend, **{"max_tokens": 512, "seed": 8, "threads": 1, **settings})
+        settings = {"max_tokens": 512, "seed": 8, "threads": 1, "precision": "fp32", **settings}
+        return ng.NeuroGen(cfg, backend=backend, **settings)
 
     return make
 

@@ -33,7 +33,7 @@ RESETS[0, 0] = RESETS[1, 5] = RESETS[1, 6] = True
 @pytest.fixture
 def make(backend):
     def make(cfg=CONFIG, **settings):
-        settings = {"streams": B, "max_tokens": T, "seed": 4, "threads": 1, **settings}
+        settings = {"streams": B, "max_tokens": T, "seed": 4, "threads": 1, "precision": "fp32", **settings}
         return ng.NeuroGen(cfg, backend=backend, **settings)
 
     return make
@@ -195,6 +195,61 @@ def test_generate_is_the_loop_one_would_write(make):
     assert np.array_equal(run(m, IDS[:, :4], 6, seed=5, **options), expected.T)  # same seed, same tokens
     assert not np.array_equal(run(m, IDS[:, :4], 6, seed=6, **options), expected.T)
     assert np.array_equal(run(m, IDS[:, :4], 6), run(m, IDS[:, :4], 6, seed=m.seed))
+
+
+def draws(m, state, broca, counts, seed=5):
+    """What the engine draws in calls of these numbers of tokens."""
+    out, options = [], {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "greedy": False, "seed": seed}
+    for count in counts:
+        out.append(m._engine.generate(state, broca, count, position=sum(map(len, out)), **options))
+    return np.concatenate(out)
+
+
+def test_tokens_drawn_ahead_are_those_of_the_loop(make):
+    m = make()
+    ends = []
+    for counts in ([1] * 12, [12], [5, 7]):
+        state, broca = m._engine.new_state(4), np.ones((4, D), np.float32)
+        ids = draws(m, state, broca, counts)
+        assert ids.shape == (12, 4) and ids.dtype == np.int32
+        ends.append((ids.tobytes(), broca.tobytes(), {key: a.tobytes() for key, a in state.arrays().items()}))
+    assert ends[0] == ends[1] == ends[2] and len(np.unique(ids)) > 5
+    state, broca, token = m._engine.new_state(4), np.ones((4, D), np.float32), np.empty(4, np.int32)
+    for position, expected in enumerate(ids):
+        m.decoder.sample_into(broca, token, temperature=0.8, top_k=9, top_p=0.9, seed=5, position=position)
+        assert np.array_equal(token, expected)
+        m._engine.advance(state, token[:, None].copy(), broca)
+    assert ends[0][1:] == (broca.tobytes(), {key: a.tobytes() for key, a in state.arrays().items()})
+    with pytest.raises(ValueError, match="count: expected an integer >= 1, got 0"):
+        draws(m, state, broca, [0])
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 5, 100])
+def test_generate_does_not_depend_on_how_far_ahead_it_draws(make, monkeypatch, ahead):
+    m = make()
+    stops = [int(run(m, IDS[:, :4], 9, greedy=True)[0, 3])]
+    expected = [run(m, PROMPTS, 9), run(m, IDS[:, :4], 9, greedy=True, stop_ids=stops)]
+    monkeypatch.setattr(m._module, "TOKENS_AHEAD", ahead)
+    got = [run(m, PROMPTS, 9), run(m, IDS[:, :4], 9, greedy=True, stop_ids=stops)]
+    assert all(np.array_equal(a, b) for a, b in zip(got, expected))
+
+
+@pytest.mark.parametrize("ahead", [1, 3, 100])
+def test_what_was_said_before_the_neurons_overflow_is_heard(make, monkeypatch, ahead):
+    """A token whose embedding no neuron survives ends a generation, and costs none of the tokens before it."""
+    m = make(streams=1)
+    monkeypatch.setattr(m._module, "TOKENS_AHEAD", ahead)
+    said = run(m, [IDS[0, :3]], 40, temperature=3.0, seed=1)[0]
+    deadly = next(int(i) for i in said[5:] if i not in said[:5] and i not in IDS[0, :3])
+    before = int(np.flatnonzero(said == deadly)[0])
+    rows = m.parameters()["embedding.weight"].numpy()
+    rows[deadly] = np.resize([3e38, -3e38], D)
+    m.load_parameters({"embedding.weight": rows})
+    heard = []
+    with pytest.raises(OverflowError, match="neuron state: expected finite values"):
+        for ids in m.generate([IDS[0, :3]], 40, temperature=3.0, seed=1):
+            heard.append(int(ids[0]))
+    assert heard == said[:before].tolist() and before >= 5
 
 
 def test_a_conversation_goes_on_in_the_models_state(make):

@@ -77,17 +77,19 @@ KINDS = {
 }
 
 
+def build(backend, **settings):
+    return ng.NeuroGen(CONFIG, backend=backend, max_tokens=T, seed=1, threads=1, precision="fp32", **settings)
+
+
 @pytest.fixture
 def model(backend):
-    return ng.NeuroGen(CONFIG, backend=backend, max_tokens=T, seed=1, threads=1)
+    return build(backend)
 
 
 @pytest.fixture
-def host_model(backend, model):
+def host_model():
     """A model whose views are host memory."""
-    if backend != "cpu":
-        pytest.skip("this backend's views are device memory")
-    return model
+    return build("cpu")
 
 
 def address(view):
@@ -183,13 +185,11 @@ def test_parameters_are_read_only_and_numpy_is_a_copy(host_model):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_written_gradients_train_ranks_alike(backend, tied):
+def test_written_gradients_train_ranks_alike(tied):
     """Two ranks that average their gradients take the very same step, also in rows only the other one read."""
-    if backend != "cpu":
-        pytest.skip("this backend's views are device memory")
     cfg = ng.Config(**{**{f: getattr(CONFIG, f) for f in CONFIG.__dataclass_fields__}, "tie_decoder": tied})
     ids = np.array([[1, 2, 1, 3], [4, 5, 4, 3]], np.int32)
-    settings = {"backend": backend, "max_tokens": 4, "seed": 2, "threads": 1}
+    settings = {"backend": "cpu", "max_tokens": 4, "seed": 2, "threads": 1}
     ranks = [ng.NeuroGen(cfg, **settings) for _ in ids]
     whole = ng.NeuroGen(cfg, streams=2, **settings)
     for step in range(3):
@@ -230,11 +230,9 @@ def test_a_written_gradient_is_the_one_that_is_used(host_model):
     assert np.array_equal(np.flatnonzero(rows), np.unique(IDS))  # overwritten, rows 11 and 12 too
 
 
-def test_a_view_outlives_its_model(backend):
-    if backend != "cpu":
-        pytest.skip("this backend's views are device memory")
+def test_a_view_outlives_its_model():
     cfg = ng.Config.preset("tiny", vocab_size=4096)  # arrays large enough to leave the process when freed
-    model = ng.NeuroGen(cfg, backend=backend, max_tokens=T, threads=1)
+    model = ng.NeuroGen(cfg, backend="cpu", max_tokens=T, threads=1)
     copies = {key: view.numpy() for key, view in model.parameters().items()}
     views = {key: np.asarray(view) for key, view in model.parameters().items()}
     row, gradient = model.embedding.row_view(5), np.asarray(model.gradients()["embedding.weight"])

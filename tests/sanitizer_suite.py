@@ -1,0 +1,95 @@
+"""A few small models through every kind of call, for compute-sanitizer, which makes kernels a hundred times slower.
+
+    compute-sanitizer --tool memcheck --error-exitcode 9 python tests/sanitizer_suite.py
+
+Reduced to: three regions with gates, delays, dropout and sparse blocks, odd V; 3 streams x 5 tokens (tied and not,
+graded and binary spikes) and 33 x 2 in groups of 16; both precisions; training, gradients accumulated, the
+token-by-token loop, evaluation, generation by every kind of sampling, arrays in device memory with and without a wrong
+id (where CuPy is installed), a checkpoint saved and loaded.
+"""
+
+import dataclasses
+import os
+import tempfile
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+from test_determinism import CONFIG, V, batch
+
+import neurogen_cy as ng
+
+BRAINS = {
+    "plain": CONFIG,
+    "tied": dataclasses.replace(CONFIG, tie_decoder=True, max_spike=4.0),
+    "binary": dataclasses.replace(CONFIG, graded=False, dropout=0.0, rate_weight=0.0),
+}
+
+
+def learn(model, tokens):
+    calls = [batch(number, model.streams, tokens) for number in range(3)]
+    for call in calls:
+        assert np.isfinite(model.train_step_batch(*call).loss)
+    for accumulate in (False, True):
+        model.backward_batch(*calls[0], accumulate=accumulate, record=True)
+    for region in model.config.regions:
+        assert np.isfinite(model.recorded(region.name)[0]).all()
+    gradients = {key: view.numpy() for key, view in model.gradients().items()}
+    assert any(gradient.any() for gradient in gradients.values())
+    assert model.optimizer_step() > 0
+    ids, targets = calls[1][:2]
+    assert np.isfinite(model.train_step(ids[:, :2].copy(), targets[:, :2].copy()).loss)
+
+
+def run(model):
+    rng = np.random.default_rng(1)
+    ids, targets = rng.integers(0, V, (2, 4, 11), np.int32)
+    assert 0 < model.evaluate(ids, targets, rng.random((4, 11)) < 0.1) < 100
+    for sampling in ({"greedy": True}, {"top_k": 5}, {"top_p": 0.7, "temperature": 1.3}):
+        said = list(model.generate([ids[0, :3], ids[1, :7]], 4, seed=3, **sampling))
+        assert len(said) == 4 and all((tokens >= 0).all() and (tokens < V).all() for tokens in said)
+    model.brain.reset([0])
+    model.brain.step(model.embedding.encode(ids.reshape(-1)[: model.streams].copy()))
+    logits = np.empty((model.streams, V), np.float32)
+    model.decoder.logits_into(model.brain.broca_output(), logits)
+    assert np.isfinite(logits).all()
+    model.load_state(model.state())
+
+
+def from_device_memory(model, tokens):
+    """True where there is a library to make such arrays with."""
+    try:
+        import cupy
+    except ImportError:
+        return False
+    ids, targets, weights, resets = (cupy.asarray(array) for array in batch(7, model.streams, tokens))
+    assert np.isfinite(model.train_step_batch(ids.astype(cupy.int64), targets, weights, resets).loss)
+    wrong = targets.copy()
+    wrong[0, 0] = V
+    try:
+        model.train_step_batch(ids, wrong)
+    except IndexError:
+        return True
+    raise AssertionError("a wrong id was taken")
+
+
+def main():
+    done = []
+    for streams, tokens, group, names in ((3, 5, None, tuple(BRAINS)), (33, 2, "16", ("plain",))):
+        if group:
+            os.environ["NEUROGEN_STREAM_GROUP"] = group
+        for precision, name in product(("fp32", "bf16"), names):
+            arguments = {"backend": "cuda", "precision": precision}
+            model = ng.NeuroGen(BRAINS[name], streams=streams, max_tokens=tokens, **arguments)
+            learn(model, tokens)
+            run(model)
+            arrays = from_device_memory(model, tokens)
+            with tempfile.TemporaryDirectory() as folder:
+                model.save(Path(folder, "model"))
+                learn(ng.NeuroGen.load(Path(folder, "model"), **arguments), tokens)
+            done.append(f"{name} {precision} {streams} x {tokens}")
+    print(f"suite finished: {len(done)} models ({'; '.join(done)}), device arrays: {'yes' if arrays else 'no'}")
+
+
+if __name__ == "__main__":
+    main()

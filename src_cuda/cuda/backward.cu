@@ -10,8 +10,9 @@
 namespace neurogen::cuda {
 namespace {
 
-constexpr int kScanThreads = 64;  // two neurons a thread
-constexpr int kScanAhead = 8;     // tokens whose inputs are loaded before they are needed
+constexpr int kScanThreads = 64;
+constexpr int kFewStreams = 8;
+constexpr int kScanAhead = 8;  // tokens whose inputs are loaded before they are needed
 
 // dE/d broca -> dE/d o in place, broca = f o with f = 1/rms; a warp a row.
 __global__ void unnormalize_kernel(const float* broca, const float* inverse_rms, int64_t rows, int64_t dim,
@@ -33,10 +34,18 @@ __global__ void readout_adjoint_kernel(const float* error, const float* kappa, c
   if (at >= step) return;
   const float keep = kappa[at % dim];
   float carry = 0;
-  for (int token = tokens - 1; token >= 0; --token) {
-    const float adjoint = error[token * step + at] + carry;
-    out[token * step + at] = from_float<Real>((1.0f - keep) * adjoint);
-    carry = resets && resets[int64_t{token} * streams + at / dim] ? 0.0f : keep * adjoint;
+  for (int last = tokens - 1; last >= 0; last -= kScanAhead) {
+    float ahead[kScanAhead];
+#pragma unroll
+    for (int i = 0; i < kScanAhead; ++i) ahead[i] = error[max(last - i, 0) * step + at];
+#pragma unroll
+    for (int i = 0; i < kScanAhead; ++i) {
+      const int token = last - i;
+      if (token < 0) break;
+      const float adjoint = ahead[i] + carry;
+      out[token * step + at] = from_float<Real>((1.0f - keep) * adjoint);
+      carry = resets && resets[int64_t{token} * streams + at / dim] ? 0.0f : keep * adjoint;
+    }
   }
 }
 
@@ -47,15 +56,19 @@ struct StoreSignal {
   const TileName* tiles;
   Dropout dropout;
   int streams;
-  __device__ void operator()(int tile, int lane, int64_t row, float4 sums) const {
-    const RegionView& region = regions[tiles[tile].region];
-    const int neuron = tiles[tile].offset + lane;
-    if (dropout.probability > 0) {
-      const float4 mask = dropout_mask(dropout, tiles[tile].region, neuron, static_cast<int>(row / streams),
-                                       static_cast<int>(row % streams));
-      sums = {sums.x * mask.x, sums.y * mask.y, sums.z * mask.z, sums.w * mask.w};
-    }
-    store4(static_cast<Real*>(region.delta) + row * region.n + neuron, sums);
+  __device__ auto open(int tile, int lane) const {
+    const TileName name = tiles[tile];
+    const RegionView& region = regions[name.region];
+    const int neuron = name.offset + lane;
+    return [to = static_cast<Real*>(region.delta) + neuron, n = int64_t{region.n}, neuron, region = name.region,
+            dropout = dropout, streams = streams](int64_t row, float4 sums) {
+      if (dropout.probability > 0) {
+        const float4 mask =
+            dropout_mask(dropout, region, neuron, static_cast<int>(row / streams), static_cast<int>(row % streams));
+        sums = {sums.x * mask.x, sums.y * mask.y, sums.z * mask.z, sums.w * mask.w};
+      }
+      store4(to + row * n, sums);
+    };
   }
 };
 
@@ -68,79 +81,95 @@ struct Scan {
   bool graded;
 };
 
-// Two neighbouring neurons of one stream, from the last token to the first.
-template <class Real>
+// N neighbouring neurons of one stream, from the last token to the first: two where there are streams enough, for wider
+// loads; one where it takes every warp to fill the GPU.
+template <class Real, int N>
 __global__ void __launch_bounds__(kScanThreads) scan_adjoint_kernel(Scan p) {
-  const int tile = blockIdx.x * (kScanThreads / 16) + threadIdx.x / 16;
+  constexpr int kPerTile = kBlock / N;
+  const int tile = blockIdx.x * (kScanThreads / kPerTile) + threadIdx.x / kPerTile;
   if (tile >= p.tile_count) return;
   const TileName name = p.tiles[p.first_tile + tile];
   const RegionView& region = p.regions[name.region];
-  const int neuron = name.offset + threadIdx.x % 16 * 2, stream = blockIdx.y;
+  const int neuron = name.offset + threadIdx.x % kPerTile * N, stream = blockIdx.y;
   const int64_t step = int64_t{p.streams} * region.n, first = int64_t{stream} * region.n + neuron;
   const Real* u_at = static_cast<const Real*>(region.u) + first;
   Real* delta_at = static_cast<Real*>(region.delta) + first;
   Real* d_at = static_cast<Real*>(region.d) + first;
-  Real* g_at = region.gated ? static_cast<Real*>(region.g) + first : nullptr;
+  Real* g_at = static_cast<Real*>(region.g) + first;
+  const bool gated = region.gated;
 
   const double rows = static_cast<double>(p.streams) * p.tokens;
-  float alpha[2], rho[2], a[2], b[2], rate[2], lv[2] = {}, lw[2] = {}, dbias[2] = {};
-  for (int j = 0; j < 2; ++j) {
-    alpha[j] = region.alpha[neuron + j], rho[j] = region.rho[neuron + j];
-    a[j] = region.a[neuron + j], b[j] = region.b[neuron + j];
+  float alpha[N], gain[N], rho[N], a[N], b[N], rate[N], lv[N] = {}, lw[N] = {}, dbias[N] = {};
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    alpha[j] = region.alpha[neuron + j], rho[j] = region.rho[neuron + j], gain[j] = region.gain[neuron + j];
+    a[j] = region.scaled_a[neuron + j], b[j] = region.scaled_b[neuron + j];
     const double own = region.spike_count[neuron + j] / rows;
     rate[j] = static_cast<float>(p.rate_weight * 2.0 * (own - p.rate_target) / (region.n * rows));
   }
-  for (int last = p.tokens - 1; last >= 0; last -= kScanAhead) {
-    float2 u[kScanAhead], signal[kScanAhead], drive[kScanAhead], gate[kScanAhead];
+  // What a token's step reads, as it is stored; the next kScanAhead tokens' are on their way while these are worked on.
+  struct Inputs {
+    Few<Real, N> u[kScanAhead], signal[kScanAhead], drive[kScanAhead], gate[kScanAhead];
     bool cut[kScanAhead];
+  };
+  const auto fetch = [&](Inputs& in, int from) {
 #pragma unroll
     for (int i = 0; i < kScanAhead; ++i) {
-      const int token = last - i;
-      if (token < 0) break;
-      u[i] = load2(u_at + token * step);
-      signal[i] = load2(delta_at + token * step);
-      if (g_at) drive[i] = load2(d_at + token * step), gate[i] = load2(g_at + token * step);
-      cut[i] = p.resets && p.resets[int64_t{token} * p.streams + stream];
+      const int64_t at = max(from - i, 0) * step;  // before the first token: read again, not used
+      in.u[i] = fetch_few<N>(u_at + at);
+      in.signal[i] = fetch_few<N>(delta_at + at);
+      if (gated) in.drive[i] = fetch_few<N>(d_at + at), in.gate[i] = fetch_few<N>(g_at + at);
+      in.cut[i] = p.resets && p.resets[int64_t{max(from - i, 0)} * p.streams + stream];
     }
+  };
+  const auto work = [&](const Inputs& in, int from) {
 #pragma unroll
     for (int i = 0; i < kScanAhead; ++i) {
-      const int token = last - i;
-      if (token < 0) break;
-      const float us[2] = {u[i].x, u[i].y}, signals[2] = {signal[i].x, signal[i].y};
-      float delta[2];
+      if (from - i < 0) break;
+      const int64_t at = (from - i) * step;
+      float deltas[N], drive_errors[N], gate_errors[N];
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const float distance = 1.0f + p.surrogate_k * fabsf(us[j]), psi = 1.0f / (distance * distance);
+      for (int j = 0; j < N; ++j) {
+        const float u = in.u[i].get(j);
+        const float distance = 1.0f + p.surrogate_k * fabsf(u), psi = __fdividef(1.0f, distance * distance);
         float slope = psi;
         if (p.graded) {
-          slope = psi * fminf(1.0f + fmaxf(us[j], 0.0f), p.max_spike);
-          if (us[j] > 0 && 1.0f + us[j] < p.max_spike) slope += 1.0f;
+          slope = psi * fminf(1.0f + fmaxf(u, 0.0f), p.max_spike);
+          if (u > 0 && 1.0f + u < p.max_spike) slope += 1.0f;
         }
         lw[j] = rho[j] * lw[j] - (1.0f - alpha[j]) * lv[j];
-        const float ls = signals[j] + (1.0f - rho[j]) * b[j] * lw[j];
-        lv[j] = alpha[j] * lv[j] + (1.0f - rho[j]) * a[j] * lw[j] + ls * slope + rate[j] * psi;
-        delta[j] = sqrtf(1.0f - alpha[j] * alpha[j]) * lv[j];
-      }
-      store2(delta_at + token * step, {delta[0], delta[1]});
-      if (g_at) {
-        const float gates[2] = {gate[i].x, gate[i].y}, drives[2] = {drive[i].x, drive[i].y};
-        float dd[2], dg[2];
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          dd[j] = delta[j] * gates[j];
-          dg[j] = dd[j] * drives[j] * (1.0f - 0.5f * gates[j]);
-          dbias[j] += dd[j];
+        const float ls = in.signal[i].get(j) + b[j] * lw[j];
+        lv[j] = alpha[j] * lv[j] + a[j] * lw[j] + ls * slope + rate[j] * psi;
+        float delta = gain[j] * lv[j];
+        deltas[j] = delta;
+        if (gated) {
+          const float gate = in.gate[i].get(j);
+          delta *= gate;
+          drive_errors[j] = delta;
+          gate_errors[j] = delta * in.drive[i].get(j) * (1.0f - 0.5f * gate);
         }
-        store2(g_at + token * step, {dd[0], dd[1]});
-        store2(d_at + token * step, {dg[0], dg[1]});
-      } else {
-        dbias[0] += delta[0];
-        dbias[1] += delta[1];
+        dbias[j] += delta;
+        if (in.cut[i]) lv[j] = lw[j] = 0.0f;  // nothing flows to the token before a reset
       }
-      if (cut[i]) lv[0] = lv[1] = lw[0] = lw[1] = 0.0f;  // nothing flows to the token before a reset
+      const auto store = [&](Real* to, const float (&values)[N]) {
+        Few<Real, N> out;
+        out.set(values);
+        store_few<N>(to + at, out);
+      };
+      store(delta_at, deltas);
+      if (gated) store(g_at, drive_errors), store(d_at, gate_errors);
     }
+  };
+  Inputs one, other;
+  fetch(one, p.tokens - 1);
+  for (int last = p.tokens - 1; last >= 0; last -= 2 * kScanAhead) {
+    fetch(other, last - kScanAhead);
+    work(one, last);
+    fetch(one, last - 2 * kScanAhead);
+    work(other, last - kScanAhead);
   }
-  store2(region.dbias_part + first, {dbias[0], dbias[1]});
+#pragma unroll
+  for (int j = 0; j < N; ++j) region.dbias_part[first + j] = dbias[j];
 }
 
 // dbias[j] (+)= sum over streams.
@@ -185,13 +214,15 @@ void CudaModel::learn_level(int level) {
                   spec_.rate_weight,
                   spec_.rate_target,
                   spec_.graded};
-  const dim3 grid((count + kScanThreads / 16 - 1) / (kScanThreads / 16), call_streams_);
   with_real(spec_.bf16, [&](auto real) {
     using Real = decltype(real);
     multiply_blocks<Real>(stream_.get(), pull_, transposed_blocks_, rows_, first, count,
                           StoreSignal<Real>{region_views_, tile_names_, dropout(), call_streams_});
     launched();
-    scan_adjoint_kernel<Real><<<grid, kScanThreads, 0, stream_.get()>>>(scan);
+    const int each = call_streams_ <= kFewStreams ? 1 : 2, tiles = kScanThreads * each / kBlock;
+    const dim3 grid((count + tiles - 1) / tiles, call_streams_);
+    (each == 1 ? scan_adjoint_kernel<Real, 1>
+               : scan_adjoint_kernel<Real, 2>)<<<grid, kScanThreads, 0, stream_.get()>>>(scan);
     launched();
   });
 }

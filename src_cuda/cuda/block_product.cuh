@@ -85,26 +85,16 @@ struct Sources<bf16> {
     raw = uint4{0, 0, 0, 0};
     if (static_cast<int>(threadIdx.x % 32 / 4) < rows) raw = __ldcg(reinterpret_cast<const uint4*>(own(from, ld)));
   }
-  // The same from float spikes of an earlier call.
-  __device__ void load_carried(const float* from, int64_t ld, int rows) {
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    raw = uint4{0, 0, 0, 0};
-    if (g >= rows) return;
-    const float4* here = reinterpret_cast<const float4*>(from + g * ld + t * 8);
-    const float4 lo = here[0], hi = here[1];
-    reinterpret_cast<__nv_bfloat162&>(raw.x) = __floats2bfloat162_rn(lo.x, lo.y);
-    reinterpret_cast<__nv_bfloat162&>(raw.y) = __floats2bfloat162_rn(lo.z, lo.w);
-    reinterpret_cast<__nv_bfloat162&>(raw.z) = __floats2bfloat162_rn(hi.x, hi.y);
-    reinterpret_cast<__nv_bfloat162&>(raw.w) = __floats2bfloat162_rn(hi.z, hi.w);
-  }
   __device__ void look(const bf16* from, int64_t ld, int rows) {
     raw = uint4{0, 0, 0, 0};
     if (static_cast<int>(threadIdx.x % 32 / 4) < rows) raw = peek(own(from, ld));
   }
-  // Waits until all that look() asked for is there.
-  __device__ void settle(const bf16* from, int64_t ld) {
-    while (__any_sync(0xffffffffu, absent(raw, bf16{}))) {
-      if (absent(raw, bf16{})) raw = peek(own(from, ld));
+  __device__ bool missing() const { return absent(raw, bf16{}); }
+  // Waits until all that look() asked for is there; patient: leaves the memory to others between two looks.
+  __device__ void settle(const bf16* from, int64_t ld, bool patient) {
+    while (__any_sync(0xffffffffu, missing())) {
+      if (patient) __nanosleep(100);
+      if (missing()) raw = peek(own(from, ld));
     }
   }
   // Silences row g where `keep` is false (each lane passes the flag of its own row g).
@@ -121,10 +111,11 @@ struct Sources<float> {
     for (int c = 0; c < 2; ++c) at[c] = lane_row() + c < rows ? from + (lane_row() + c) * ld : nullptr;
     mine = static_cast<int>(threadIdx.x % 32 / 4) < rows;
   }
-  __device__ void load_carried(const float* from, int64_t ld, int rows) { load(from, ld, rows); }
   __device__ void look(const float* from, int64_t ld, int rows) { load(from, ld, rows); }
+  // Cannot tell without looking again.
+  __device__ bool missing() const { return true; }
   // The lanes of row g wait for it: 8t .. 8t+7 each.
-  __device__ void settle(const float* from, int64_t ld) {
+  __device__ void settle(const float* from, int64_t ld, bool) {
     const float* own = from + threadIdx.x % 32 / 4 * ld + threadIdx.x % 4 * 8;
     while (__any_sync(0xffffffffu, mine && (absent(peek(own), 0.0f) || absent(peek(own + 4), 0.0f)))) {
     }

@@ -30,7 +30,7 @@ struct BrainCall {
   const int32_t* age;
   Verdict* verdict;
   int streams, tokens, levels, stream_group, region_count, base_grid;
-  int table_bytes;   // of shared memory before the resident blocks; 0 = tables are read from global memory
+  int table_bytes;   // of shared memory before the resident blocks
   int slots;         // resident blocks of a share at most
   bool local_state;  // v, w and spike counts live in shared memory, after the resident blocks
   bool graded;
@@ -38,13 +38,14 @@ struct BrainCall {
   Dropout dropout;
 };
 
-// What a warp needs of its block of threads.
+// What a warp needs of its block of threads, all in shared memory.
 template <class Real>
 struct BrainTables {
   const RegionView* regions;
   const StateView* states;
+  const BrainTile* tiles;
   const Term* terms;     // of this share
-  const Real* resident;  // shared memory
+  const Real* resident;  // blocks
 };
 
 // v and w of a lane's neurons in shared memory, in the lane's own order, and how often they spoke.
@@ -54,189 +55,192 @@ struct LocalState {
   int4 count[32];
 };
 
-__device__ inline float emit(float u, const BrainCall& call) {
-  if (!(u > 0)) return 0.0f;
-  return call.graded ? fminf(1.0f + u, call.max_spike) : 1.0f;
+__device__ inline float emit(float u, bool graded, float max_spike) {
+  return u > 0 ? (graded ? fminf(1.0f + u, max_spike) : 1.0f) : 0.0f;
 }
+
+// 2 sigmoid(x). The fast form is good to 1e-6, far below a bf16 gate's rounding.
+__device__ inline float gate_of(float x, bf16) { return __fdividef(2.0f, 1.0f + __expf(-x)); }
+__device__ inline float gate_of(float x, float) { return 2.0f / (1.0f + expf(-x)); }
 
 // Four spikes for others to read. Never reordered behind a later wait, and never the bits that mean "not yet": no
 // arithmetic gives them.
 __device__ inline void speak4(bf16* to, float4 x) {
-  uint2 raw;
-  store4(reinterpret_cast<bf16*>(&raw), x);
-  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1,%2};" ::"l"(to), "r"(raw.x), "r"(raw.y));
+  const Four<bf16> out = pack<bf16>(x);
+  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1,%2};" ::"l"(to), "r"(out.raw.x), "r"(out.raw.y));
 }
 __device__ inline void speak4(float* to, float4 x) {
   asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w));
 }
 
-template <class Real, int Steps>
+// Plain: neither resets nor dropout, whose code would crowd the instruction cache.
+template <class Real, int Steps, bool Plain>
 __device__ void run_tile(const BrainCall& call, const BrainTables<Real>& tables, const BrainTile& tile, int token,
                          int stream0, int left, LocalState<Steps>* local) {
-  constexpr int kAhead = Steps == 1   ? 8
-                         : Steps == 2 ? 4
-                                      : 1;  // terms whose spikes are asked for before the first is used
+  constexpr int kAhead = Steps == 1 ? 6 : 3;  // terms whose spikes are asked for before the first is used
   const RegionView& region = tables.regions[tile.region];
-  const StateView& state = tables.states[tile.region];
   const int lane = threadIdx.x % 32, n = region.n, neuron = tile.offset + lane_receiver();
-  const int64_t row0 = int64_t{token} * call.streams + stream0;
+  const int64_t row0 = int64_t{token} * call.streams + stream0, first = (row0 + lane_row()) * n + neuron;
   const bool last = token == call.tokens - 1, gated = region.gated;
-  // Calls body(step, column of Sums, row of the call, stream) for the lane's rows.
+  Real *const d = static_cast<Real*>(region.d) + first, *const g = static_cast<Real*>(region.g) + first;
+  // Calls body(step, column of Sums, offset from the lane's first row) for the lane's rows.
   const auto for_rows = [&](auto body) {
 #pragma unroll
     for (int i = 0; i < Steps; ++i) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const int own = i * kRows + lane_row() + c;
-        if (own < left) body(i, c, row0 + own, stream0 + own);
+        if (i * kRows + lane_row() + c < left) body(i, c, (i * kRows + c) * n);
       }
     }
   };
-  const auto take4 = [&](Sums(&sums)[Steps], int i, int c, float4 x) {
-    sums[i].x[0][c] = x.x, sums[i].x[1][c] = x.y, sums[i].x[2][c] = x.z, sums[i].x[3][c] = x.w;
-  };
-  const auto give4 = [&](const Sums(&sums)[Steps], int i, int c) {
-    return float4{sums[i].x[0][c], sums[i].x[1][c], sums[i].x[2][c], sums[i].x[3][c]};
-  };
-  const auto cell_of = [&](void* array, int64_t row) { return static_cast<Real*>(array) + row * n + neuron; };
 
   Sums sums[Steps];           // first of the gates, then of the drives, then I
   Four<Real> kept[Steps][2];  // meanwhile: the embedding's share of the drive, then G
+  const auto take = [&](int i, int c, float4 x) {
+    sums[i].x[0][c] = x.x, sums[i].x[1][c] = x.y, sums[i].x[2][c] = x.z, sums[i].x[3][c] = x.w;
+  };
+  const auto give = [&](int i, int c) {
+    return float4{sums[i].x[0][c], sums[i].x[1][c], sums[i].x[2][c], sums[i].x[3][c]};
+  };
 #pragma unroll
   for (int i = 0; i < Steps; ++i) zero(sums[i]);
-  for_rows([&](int i, int c, int64_t row, int) {
-    take4(sums, i, c, load4(cell_of(gated ? region.g : region.d, row)));
-    if (gated) kept[i][c] = fetch4(cell_of(region.d, row));
+  for_rows([&](int i, int c, int offset) {
+    take(i, c, load4((gated ? g : d) + offset));
+    kept[i][c] = fetch4(d + offset);
   });
   int age[Steps] = {};
-  if (call.resets) {
+  if (!Plain && call.resets) {
 #pragma unroll
     for (int i = 0; i < Steps; ++i) {
       const int own = i * kRows + lane / 4;
       if (own < left) age[i] = call.age[row0 + own];
     }
   }
-  if (!last && lane % 4 == 0) {  // the next token's drive and gate come from the embedding's products: far away by now
+  if (!last && lane % 4 < 2) {  // the next token's drive and gate were written long ago: far away by now
+    const int64_t next = int64_t{call.streams} * n;
 #pragma unroll
     for (int i = 0; i < Steps; ++i) {
-      const int64_t at = (row0 + call.streams + min(i * kRows + lane / 4, left - 1)) * n + tile.offset;
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const Real*>(region.d) + at));
-      if (gated) asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const Real*>(region.g) + at));
+      if (i * kRows + lane_row() >= left) break;
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(d + next + i * kRows * n));
+      if (gated) asm volatile("prefetch.global.L2 [%0];" ::"l"(g + next + i * kRows * n));
     }
   }
 
   const auto close_gates = [&] {
-    if (!gated) return;
-    for_rows([&](int i, int c, int64_t row, int) {
-      const auto gate = [](float sum) { return 2.0f / (1.0f + expf(-sum)); };
-      const float4 x = give4(sums, i, c);
-      const Four<Real> g = pack<Real>({gate(x.x), gate(x.y), gate(x.z), gate(x.w)});
-      take4(sums, i, c, unpack<Real>(kept[i][c]));
-      kept[i][c] = g;
-      *reinterpret_cast<Four<Real>*>(cell_of(region.g, row)) = g;
+    for_rows([&](int i, int c, int offset) {
+      const float4 x = give(i, c);
+      const Four<Real> own =
+          pack<Real>({gate_of(x.x, Real{}), gate_of(x.y, Real{}), gate_of(x.z, Real{}), gate_of(x.w, Real{})});
+      take(i, c, unpack<Real>(kept[i][c]));
+      kept[i][c] = own;
+      *reinterpret_cast<Four<Real>*>(g + offset) = own;
     });
   };
   const auto close_drives = [&] {
-    if (!gated) return;
-    for_rows([&](int i, int c, int64_t row, int) {
-      const float4 d = give4(sums, i, c), g = unpack<Real>(kept[i][c]);
-      store4(cell_of(region.d, row), d);
-      take4(sums, i, c, {d.x * g.x, d.y * g.y, d.z * g.z, d.w * g.w});
+    for_rows([&](int i, int c, int offset) {
+      const float4 x = give(i, c), own = unpack<Real>(kept[i][c]);
+      store4(d + offset, x);
+      take(i, c, {x.x * own.x, x.y * own.y, x.z * own.z, x.w * own.w});
     });
   };
-  const int drives = tile.terms[1], delayed = tile.terms[2], end = tile.terms[3];
-  int at = tile.terms[0];
-  if (at == drives) close_gates();
-  if (at == delayed) close_drives();
-  const auto source_of = [&](const Term& term, int i) {
-    return static_cast<const Real*>(term.source) +
-           (int64_t{token - term.delay} * call.streams + stream0 + i * kRows) * term.ld;
+  const auto source_of = [&](const Term& term) {
+    const bool carried = token < term.delay;  // spoken in an earlier call
+    const Real* base = carried ? static_cast<const Real*>(tables.states[term.region].recent) + term.column
+                               : static_cast<const Real*>(term.source);
+    const int back = carried ? term.delay - 1 - token : token - term.delay;
+    return base + (int64_t{back} * call.streams + stream0) * term.ld;
   };
-  for (; at < end; at += kAhead) {
-    Sources<Real> sources[kAhead][Steps];
+  // Kinds in turn: gates, drives, delayed. One copy of the code, run three times.
+#pragma unroll 1
+  for (int kind = gated ? 0 : 1; kind < 3; ++kind) {
+#pragma unroll 1
+    for (int at = tile.terms[kind]; at < tile.terms[kind + 1]; at += kAhead) {
+      const int count = min(kAhead, tile.terms[kind + 1] - at);
+      Sources<Real> sources[kAhead][Steps];
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      if (at + j >= end) break;
-      const Term& term = tables.terms[at + j];
-      if (token < term.delay) {  // spoken in an earlier call
-        const int64_t row = int64_t{term.delay - 1 - token} * call.streams + stream0;
-        const float* from = tables.states[term.region].spikes + row * term.ld + term.column;
+      for (int j = 0; j < kAhead; ++j) {
+        if (j >= count) break;
+        const Term& term = tables.terms[at + j];
+        const Real* from = source_of(term);
+#pragma unroll
+        for (int i = 0; i < Steps; ++i) sources[j][i].look(from + i * kRows * term.ld, term.ld, left - i * kRows);
+      }
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        if (j >= count) break;
+        const Term& term = tables.terms[at + j];
+        BlockWeights<Real> block;
+        if (term.slot < call.slots) {
+          block.load(tables.resident + term.slot * kBlockArea);
+        } else {
+          block.load(static_cast<const Real*>(call.weights) + int64_t{term.block} * kBlockArea);
+        }
 #pragma unroll
         for (int i = 0; i < Steps; ++i) {
-          sources[j][i].load_carried(from + int64_t{i * kRows} * term.ld, term.ld, left - i * kRows);
+          if (__any_sync(0xffffffffu, sources[j][i].missing())) {
+            sources[j][i].settle(source_of(term) + i * kRows * term.ld, term.ld, Steps > 1);
+          }
+          if (!Plain && call.resets && term.delay) sources[j][i].mask(age[i] >= term.delay);
+          multiply_add(sums[i], block, sources[j][i]);
         }
-      } else {
-#pragma unroll
-        for (int i = 0; i < Steps; ++i) sources[j][i].look(source_of(term, i), term.ld, left - i * kRows);
       }
     }
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      if (at + j >= end) break;
-      const Term& term = tables.terms[at + j];
-      if (token >= term.delay) {
-#pragma unroll
-        for (int i = 0; i < Steps; ++i) sources[j][i].settle(source_of(term, i), term.ld);
-      }
-      BlockWeights<Real> block;
-      if (term.slot >= 0 && term.slot < call.slots) {
-        block.load(tables.resident + term.slot * kBlockArea);
-      } else {
-        block.load(static_cast<const Real*>(call.weights) + int64_t{term.block} * kBlockArea);
-      }
-#pragma unroll
-      for (int i = 0; i < Steps; ++i) {
-        if (call.resets && term.delay) sources[j][i].mask(age[i] >= term.delay);
-        multiply_add(sums[i], block, sources[j][i]);
-      }
-      if (at + j + 1 == drives) close_gates();
-      if (at + j + 1 == delayed) close_drives();
-    }
+    if (!gated) continue;
+    if (kind == 0) close_gates();
+    if (kind == 1) close_drives();
   }
 
-  const float4 alphas = load4(region.alpha + neuron), rhos = load4(region.rho + neuron);
-  const float4 as = load4(region.a + neuron), bs = load4(region.b + neuron);
-  const float alpha[4] = {alphas.x, alphas.y, alphas.z, alphas.w}, rho[4] = {rhos.x, rhos.y, rhos.z, rhos.w};
-  const float a[4] = {as.x, as.y, as.z, as.w}, b[4] = {bs.x, bs.y, bs.z, bs.w};
+  const StateView& state = tables.states[tile.region];
+  const float4 alphas = load4(region.alpha + neuron), gains = load4(region.gain + neuron);
+  const float4 rhos = load4(region.rho + neuron), as = load4(region.scaled_a + neuron);
+  const float4 bs = load4(region.scaled_b + neuron);
+  const float alpha[4] = {alphas.x, alphas.y, alphas.z, alphas.w}, gain[4] = {gains.x, gains.y, gains.z, gains.w};
+  const float rho[4] = {rhos.x, rhos.y, rhos.z, rhos.w}, a[4] = {as.x, as.y, as.z, as.w};
+  const float b[4] = {bs.x, bs.y, bs.z, bs.w};
+  const int64_t cell0 = int64_t{stream0 + lane_row()} * n + neuron;
+  Real *const s_at = static_cast<Real*>(region.s) + first, *const u_at = static_cast<Real*>(region.u) + first;
   bool sound = true;
   int spoken[4] = {};
-  for_rows([&](int i, int c, int64_t row, int stream) {
-    const int64_t cell = int64_t{stream} * n + neuron;
-    float4 vs = {0, 0, 0, 0}, ws = vs;
-    if (!(call.resets && call.resets[row])) {
-      if (token == 0) {
-        vs = load4(state.v + cell), ws = load4(state.w + cell);
-      } else if (local) {
-        vs = local->v[i][c][lane], ws = local->w[i][c][lane];
-      } else {
-        vs = load4(state.next_v + cell), ws = load4(state.next_w + cell);
-      }
+  for_rows([&](int i, int c, int offset) {
+    float4 vs, ws;
+    if (token == 0) {
+      vs = load4(state.v + cell0 + offset), ws = load4(state.w + cell0 + offset);
+    } else if (local) {
+      vs = local->v[i][c][lane], ws = local->w[i][c][lane];
+    } else {
+      vs = load4(state.next_v + cell0 + offset), ws = load4(state.next_w + cell0 + offset);
     }
+    if (!Plain && call.resets && call.resets[row0 + i * kRows + lane_row() + c]) vs = ws = float4{0, 0, 0, 0};
     float v[4] = {vs.x, vs.y, vs.z, vs.w}, w[4] = {ws.x, ws.y, ws.z, ws.w}, u[4], s[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const float before = rounded<Real>(emit(v[j] - 1.0f, call));
-      const float current = sqrtf(1.0f - alpha[j] * alpha[j]) * sums[i].x[j][c];
-      v[j] = alpha[j] * v[j] - (1.0f - alpha[j]) * w[j] + current - before;
+      const float before = rounded<Real>(emit(v[j] - 1.0f, call.graded, call.max_spike));
+      const float leak = w[j] - alpha[j] * w[j];
+      v[j] = fmaf(alpha[j], v[j], fmaf(gain[j], sums[i].x[j][c], -leak)) - before;
       u[j] = v[j] - 1.0f;
-      s[j] = rounded<Real>(emit(u[j], call));
-      w[j] = rho[j] * w[j] + (1.0f - rho[j]) * (a[j] * v[j] + b[j] * s[j]);
-      sound = sound && fabsf(v[j]) <= kLargestState && fabsf(w[j]) <= kLargestState;
+      s[j] = rounded<Real>(emit(u[j], call.graded, call.max_spike));
+      w[j] = fmaf(rho[j], w[j], fmaf(a[j], v[j], b[j] * s[j]));
       spoken[j] += u[j] > 0;
     }
-    const int64_t place = row * n + neuron;
-    speak4(static_cast<Real*>(region.s) + place, {s[0], s[1], s[2], s[3]});
-    if (region.emitted != region.s) {
-      const float4 mask = dropout_mask(call.dropout, tile.region, neuron, token, stream);
-      speak4(static_cast<Real*>(region.emitted) + place, {s[0] * mask.x, s[1] * mask.y, s[2] * mask.z, s[3] * mask.w});
+    speak4(s_at + offset, {s[0], s[1], s[2], s[3]});
+    if (!Plain && region.emitted != region.s) {
+      const float4 mask = dropout_mask(call.dropout, tile.region, neuron, token, stream0 + i * kRows + lane_row() + c);
+      speak4(static_cast<Real*>(region.emitted) + first + offset,
+             {s[0] * mask.x, s[1] * mask.y, s[2] * mask.z, s[3] * mask.w});
     }
-    store4(static_cast<Real*>(region.u) + place, {u[0], u[1], u[2], u[3]});
+    store4(u_at + offset, {u[0], u[1], u[2], u[3]});
     vs = {v[0], v[1], v[2], v[3]}, ws = {w[0], w[1], w[2], w[3]};
     if (local && !last) {
       local->v[i][c][lane] = vs, local->w[i][c][lane] = ws;
     } else {
-      store4(state.next_v + cell, vs);
-      store4(state.next_w + cell, ws);
+      store4(state.next_v + cell0 + offset, vs);
+      store4(state.next_w + cell0 + offset, ws);
+    }
+    if (last) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (!(fabsf(v[j]) <= kLargestState && fabsf(w[j]) <= kLargestState)) sound = false;
+      }
     }
   });
   if (last && !sound) atomicOr(&call.verdict->state_not_finite, 1);

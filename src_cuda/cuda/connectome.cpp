@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <functional>
+#include <map>
 #include <numeric>
 #include <queue>
 
@@ -95,7 +96,7 @@ void CudaModel::lay_out_connectome() {
   embed_pull_ = list(dim_tiles, embed_pull);
   hear_ = list(dim_tiles, hear);
   tile_names_ = arena_.take<TileName>(part, tiles_);
-  jobs_ = arena_.take<BlockJob>(part, blocks_);
+  groups_ = arena_.take<SourceGroup>(part, most_groups());
   brain_tiles_ = arena_.take<BrainTile>(part, tiles_);
   brain_terms_ = arena_.take<Term>(part, brain);
   shares_ = arena_.take<Share>(part, tiles_);
@@ -106,6 +107,10 @@ template <class T>
 void CudaModel::upload(T* to, const std::vector<T>& from) {
   if (!from.empty()) NG_CUDA(cudaMemcpy(to, from.data(), from.size() * sizeof(T), cudaMemcpyHostToDevice));
 }
+
+// Groups of blocks with a source in common, at most: full ones, and a rest for every tile that is heard (twice where
+// dropout tells delayed receivers from the others).
+int64_t CudaModel::most_groups() const { return blocks_ / kGroup + 2 * int64_t{tiles_} + spec_.dim / kBlock; }
 
 // Errors at the receivers of a projection (after the reverse scan), row 0.
 const void* CudaModel::error_of(const ProjectionSpec& p) const {
@@ -126,7 +131,7 @@ void CudaModel::build_lists() {
   ListBuilder drive(tiles_), gate(tiles_), pull(tiles_), embed_pull(dim_tiles), hear(dim_tiles);
   // Terms of the brain launch by tile: gates, drives, delayed.
   std::vector<std::array<std::vector<Term>, 3>> brain(tiles_);
-  std::vector<BlockJob> jobs;
+  std::map<const void*, std::vector<SourceGroup>> groups;  // by what they hear
   const auto at = [&](const void* real, int64_t column) {
     return static_cast<const char*>(real) + column * kBlock * real_size();
   };
@@ -146,10 +151,15 @@ void CudaModel::build_lists() {
                                     ", got " + std::to_string(col) + " at block " + std::to_string(b));
       }
       const int32_t block = static_cast<int32_t>(first_block_[i] + b), column = static_cast<int32_t>(col * kBlock);
-      const Term forward{at(heard_by(p), col), source_ld, block, -1, p.delay, p.src, column};
-      const Term backward{at(error_of(p), row), error_ld, block, -1, 0, -1, 0};
-      jobs.push_back(
-          {at(error_of(p), row), at(heard_by(p), col), error_ld, source_ld, p.delay ? p.src : -1, column, p.delay, 0});
+      const Term forward{at(heard_by(p), col), source_ld, block, kStreamed, p.delay, p.src, column};
+      const Term backward{at(error_of(p), row), error_ld, block, kStreamed, 0, -1, 0};
+      std::vector<SourceGroup>& heard = groups[forward.source];
+      if (heard.empty() || heard.back().count == kGroup) {
+        heard.push_back({forward.source, source_ld, embedded ? -1 : p.src, column, 0, 0, 0, {}});
+      }
+      SourceGroup& group = heard.back();
+      group.longest_delay = std::max(group.longest_delay, p.delay);
+      group.jobs[group.count++] = {at(error_of(p), row), error_ld, p.delay, block, 0};
       if (spoken) {
         hear.of[row].push_back(forward);
       } else {
@@ -176,7 +186,10 @@ void CudaModel::build_lists() {
   put(pull_, pull);
   put(embed_pull_, embed_pull);
   put(hear_, hear);
-  upload(jobs_, jobs);
+  std::vector<SourceGroup> listed;
+  for (const auto& [source, some] : groups) listed.insert(listed.end(), some.begin(), some.end());
+  group_count_ = static_cast<int64_t>(listed.size());
+  upload(groups_, listed);
   std::vector<TileName> names(tiles_);
   for (size_t r = 0; r < regions_.size(); ++r) {
     for (int tile = 0; tile < regions_[r].n / kBlock; ++tile) {
@@ -222,8 +235,12 @@ void CudaModel::plan_launch(const std::vector<TileName>& names,
     listed = std::max(listed, bytes);
   }
   shared_limit_ = static_cast<size_t>(shared_limit);
-  const bool tables_shared = fixed + listed + 64 <= shared_limit_ / 2;
-  table_bytes_ = ((tables_shared ? fixed + listed : 0) + 127) / 128 * 128;
+  table_bytes_ = (fixed + listed + 127) / 128 * 128;
+  if (table_bytes_ > shared_limit_) {
+    throw std::invalid_argument("brain: its connectome's tables need " + std::to_string(table_bytes_) +
+                                " bytes of shared memory a block of threads, this device has " +
+                                std::to_string(shared_limit_));
+  }
   const int slots = static_cast<int>((shared_limit_ - table_bytes_) / block_bytes);
 
   std::vector<BrainTile> tiles;

@@ -24,28 +24,33 @@ __global__ void name_rows_kernel(const int32_t* ids, int64_t rows, uint32_t* key
   numbers[row] = static_cast<uint32_t>(row);
 }
 
-// A thread a column.
+// A thread a column (blockIdx.y: 128 of them); all rows of the piece are on their way before the first is added.
 __global__ void add_runs_kernel(Segments p) {
-  const int64_t first = int64_t{blockIdx.x} * kSegmentRows, last = min(first + kSegmentRows, p.count);
-  for (int64_t j = threadIdx.x; j < p.dim; j += blockDim.x) {
-    float sum = 0;
-    bool begun_before = first > 0 && p.ids[first - 1] == p.ids[first];
-    for (int64_t i = first; i < last; ++i) {
-      const uint32_t id = p.ids[i];
-      sum += p.dx[p.rows[i] * p.dim + j];
-      const bool run_ends = i + 1 == p.count || p.ids[i + 1] != id;
-      if (!run_ends && i + 1 < last) continue;
-      if (begun_before) {
-        p.head[blockIdx.x * p.dim + j] = sum;
-      } else if (!run_ends) {
-        p.tail[blockIdx.x * p.dim + j] = sum;
-      } else {
-        p.gradient[id * p.dim + j] += sum;
-        if (j == 0) p.touched[id] = 1;
-      }
-      sum = 0;
-      begun_before = false;
+  const int64_t first = int64_t{blockIdx.x} * kSegmentRows, j = int64_t{blockIdx.y} * blockDim.x + threadIdx.x;
+  const int count = static_cast<int>(min(int64_t{kSegmentRows}, p.count - first));
+  if (j >= p.dim) return;
+  float ahead[kSegmentRows];
+#pragma unroll
+  for (int i = 0; i < kSegmentRows; ++i) ahead[i] = p.dx[p.rows[first + min(i, count - 1)] * p.dim + j];
+  float sum = 0;
+  bool begun_before = first > 0 && p.ids[first - 1] == p.ids[first];
+#pragma unroll
+  for (int i = 0; i < kSegmentRows; ++i) {
+    if (i >= count) break;
+    const uint32_t id = p.ids[first + i];
+    sum += ahead[i];
+    const bool run_ends = first + i + 1 == p.count || p.ids[first + i + 1] != id;
+    if (!run_ends && i + 1 < count) continue;
+    if (begun_before) {
+      p.head[blockIdx.x * p.dim + j] = sum;
+    } else if (!run_ends) {
+      p.tail[blockIdx.x * p.dim + j] = sum;
+    } else {
+      p.gradient[id * p.dim + j] += sum;
+      if (j == 0) p.touched[id] = 1;
     }
+    sum = 0;
+    begun_before = false;
   }
 }
 
@@ -79,8 +84,8 @@ __global__ void clear_rows_kernel(float* gradient, uint8_t* touched, int64_t voc
 struct StoreError {
   float* out;
   int64_t dim;
-  __device__ void operator()(int tile, int lane, int64_t row, float4 sums) const {
-    store4(out + row * dim + tile * kBlock + lane, sums);
+  __device__ auto open(int tile, int lane) const {
+    return [to = out + tile * kBlock + lane, dim = dim](int64_t row, float4 sums) { store4(to + row * dim, sums); };
   }
 };
 
@@ -130,7 +135,7 @@ void CudaModel::embedding_gradient() {
   const Segments job{sorted_ids_,  sorted_rows_, dx_,   head_part_, tail_part_,
                      d_embedding_, row_touched_, rows_, spec_.dim};
   const int pieces = static_cast<int>((rows_ + kSegmentRows - 1) / kSegmentRows);
-  add_runs_kernel<<<pieces, 256, 0, stream_.get()>>>(job);
+  add_runs_kernel<<<dim3(pieces, (spec_.dim + 127) / 128), 128, 0, stream_.get()>>>(job);
   launched();
   join_runs_kernel<<<pieces, 256, 0, stream_.get()>>>(job);
   launched();

@@ -26,25 +26,21 @@ __device__ void copy_words(void* to, const void* from, size_t bytes) {
 
 // Tables and resident weights of this share, in shared memory.
 template <class Real>
-__device__ BrainTables<Real> fill_shared(const BrainCall& call, const Share& share, char* shared,
-                                         const BrainTile** tiles) {
-  BrainTables<Real> out{call.regions, call.states, call.terms + share.term_begin, nullptr};
-  *tiles = call.tiles + share.tile_begin;
-  if (call.table_bytes) {
-    char* at = shared;
-    const auto bring = [&](const auto* from, int count) {
-      using T = std::remove_cv_t<std::remove_pointer_t<decltype(from)>>;
-      static_assert(sizeof(T) % 8 == 0, "tables are stacked and hold pointers");
-      copy_words(at, from, count * sizeof(T));
-      const T* there = reinterpret_cast<const T*>(at);
-      at += count * sizeof(T);
-      return there;
-    };
-    out.regions = bring(out.regions, call.region_count);
-    out.states = bring(out.states, call.region_count);
-    out.terms = bring(out.terms, share.terms);
-    *tiles = bring(*tiles, share.tiles);
-  }
+__device__ BrainTables<Real> fill_shared(const BrainCall& call, const Share& share, char* shared) {
+  char* at = shared;
+  const auto bring = [&](const auto* from, int count) {
+    using T = std::remove_cv_t<std::remove_pointer_t<decltype(from)>>;
+    static_assert(sizeof(T) % 8 == 0, "tables are stacked and hold pointers");
+    copy_words(at, from, count * sizeof(T));
+    const T* there = reinterpret_cast<const T*>(at);
+    at += count * sizeof(T);
+    return there;
+  };
+  BrainTables<Real> out;
+  out.regions = bring(call.regions, call.region_count);
+  out.states = bring(call.states, call.region_count);
+  out.tiles = bring(call.tiles + share.tile_begin, share.tiles);
+  out.terms = bring(call.terms + share.term_begin, share.terms);
   Real* blocks = reinterpret_cast<Real*>(shared + call.table_bytes);
   constexpr int kPieces = kBlockArea * sizeof(Real) / sizeof(uint4);
   for (int i = threadIdx.x; i < min(share.residents, call.slots) * kPieces; i += blockDim.x) {
@@ -57,13 +53,12 @@ __device__ BrainTables<Real> fill_shared(const BrainCall& call, const Share& sha
 }
 
 // Steps: a warp works on Steps * 8 streams at a time.
-template <class Real, int Steps>
+template <class Real, int Steps, bool Plain>
 __global__ void __launch_bounds__(kBrainThreads, 1) run_brain_kernel(BrainCall call) {
   extern __shared__ uint4 shared[];
   const int replica = blockIdx.x / call.base_grid, replicas = gridDim.x / call.base_grid;
   const Share share = call.shares[blockIdx.x % call.base_grid];
-  const BrainTile* tiles;
-  const BrainTables<Real> tables = fill_shared<Real>(call, share, reinterpret_cast<char*>(shared), &tiles);
+  const BrainTables<Real> tables = fill_shared<Real>(call, share, reinterpret_cast<char*>(shared));
   auto* local = reinterpret_cast<LocalState<Steps>*>(reinterpret_cast<char*>(shared) + call.table_bytes +
                                                      call.slots * kBlockArea * sizeof(Real));
   const int ticks = call.tokens + call.levels - 1;
@@ -73,41 +68,48 @@ __global__ void __launch_bounds__(kBrainThreads, 1) run_brain_kernel(BrainCall c
     const int mine = (chunks - replica + replicas - 1) / replicas;  // chunks replica, replica + replicas, ...
     for (int tick = 0; tick < ticks; ++tick) {
       for (int item = threadIdx.x / 32; item < share.tiles * mine; item += kBrainThreads / 32) {
-        const BrainTile& tile = tiles[item % share.tiles];
+        const BrainTile& tile = tables.tiles[item % share.tiles];
         const int token = tick - tile.rank;
         if (token < 0 || token >= call.tokens) continue;
         const int begin = (replica + item / share.tiles * replicas) * Steps * kRows;
-        run_tile<Real, Steps>(call, tables, tile, token, first + begin, min(streams - begin, Steps * kRows),
-                              call.local_state ? local + item : nullptr);
+        run_tile<Real, Steps, Plain>(call, tables, tile, token, first + begin, min(streams - begin, Steps * kRows),
+                                     call.local_state ? local + item : nullptr);
       }
     }
   }
 }
 
-// Every spike of the call becomes "not written yet". blockIdx.y: region.
+// Before the launch: every spike of the call becomes "not written yet", those of earlier calls become Real.
+// blockIdx.y: region.
 template <class Real>
-__global__ void hush_kernel(const RegionView* regions, int64_t rows) {
+__global__ void hush_kernel(const RegionView* regions, const StateView* states, int64_t rows, int streams) {
   const RegionView& region = regions[blockIdx.y];
+  const int64_t begin = int64_t{blockIdx.x} * blockDim.x + threadIdx.x, step = int64_t{gridDim.x} * blockDim.x;
   const int64_t words = rows * region.n * sizeof(Real) / sizeof(uint4);
-  for (void* spikes : {region.s, region.emitted}) {
-    uint4* to = static_cast<uint4*>(spikes);
-    for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < words; i += int64_t{gridDim.x} * blockDim.x) {
-      to[i] = uint4{~0u, ~0u, ~0u, ~0u};
-    }
-    if (region.s == region.emitted) return;
+  const uint4 silence = {~0u, ~0u, ~0u, ~0u};
+  for (int64_t i = begin; i < words; i += step) static_cast<uint4*>(region.s)[i] = silence;
+  for (int64_t i = begin; region.emitted != region.s && i < words; i += step) {
+    static_cast<uint4*>(region.emitted)[i] = silence;
+  }
+  const StateView& state = states[blockIdx.y];
+  const int64_t fours = int64_t{region.history} * streams * region.n / 4;
+  for (int64_t i = begin; i < fours; i += step) {
+    store4(static_cast<Real*>(state.recent) + 4 * i, load4(state.spikes + 4 * i));
   }
 }
 
+// The embedding's share of the drive, with the bias.
 template <class Real>
 struct StoreDrive {
   const RegionView* regions;
   const TileName* tiles;
-  __device__ void operator()(int tile, int lane, int64_t row, float4 sums) const {
+  __device__ auto open(int tile, int lane) const {
     const RegionView& region = regions[tiles[tile].region];
     const int neuron = tiles[tile].offset + lane;
-    const float4 bias = load4(region.bias + neuron);
-    store4(static_cast<Real*>(region.d) + row * region.n + neuron,
-           {bias.x + sums.x, bias.y + sums.y, bias.z + sums.z, bias.w + sums.w});
+    return [d = static_cast<Real*>(region.d) + neuron, n = int64_t{region.n}, bias = load4(region.bias + neuron)](
+               int64_t row, float4 sums) {
+      store4(d + row * n, {bias.x + sums.x, bias.y + sums.y, bias.z + sums.z, bias.w + sums.w});
+    };
   }
 };
 
@@ -115,17 +117,20 @@ template <class Real>
 struct StoreGate {
   const RegionView* regions;
   const TileName* tiles;
-  __device__ void operator()(int tile, int lane, int64_t row, float4 sums) const {
+  __device__ auto open(int tile, int lane) const {
     const RegionView& region = regions[tiles[tile].region];
-    if (region.gated) store4(static_cast<Real*>(region.g) + row * region.n + tiles[tile].offset + lane, sums);
+    Real* g = region.gated ? static_cast<Real*>(region.g) + tiles[tile].offset + lane : nullptr;
+    return [g, n = int64_t{region.n}](int64_t row, float4 sums) {
+      if (g) store4(g + row * n, sums);
+    };
   }
 };
 
 struct StoreRows {
   float* out;
   int64_t ld;
-  __device__ void operator()(int tile, int lane, int64_t row, float4 sums) const {
-    store4(out + row * ld + tile * kBlock + lane, sums);
+  __device__ auto open(int tile, int lane) const {
+    return [to = out + tile * kBlock + lane, ld = ld](int64_t row, float4 sums) { store4(to + row * ld, sums); };
   }
 };
 
@@ -136,10 +141,19 @@ __global__ void integrate_kernel(const float* kappa, const float* before, const 
   if (at >= step) return;
   const float keep = kappa[at % dim];
   float value = before[at];
-  for (int token = 0; token < tokens; ++token) {
-    if (resets && resets[int64_t{token} * streams + at / dim]) value = 0.0f;
-    value = keep * value + (1.0f - keep) * o[token * step + at];
-    o[token * step + at] = value;
+  constexpr int kAhead = 8;  // tokens whose input is loaded before it is needed
+  for (int begin = 0; begin < tokens; begin += kAhead) {
+    float ahead[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) ahead[i] = o[min(begin + i, tokens - 1) * step + at];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int token = begin + i;
+      if (token >= tokens) break;
+      if (resets && resets[int64_t{token} * streams + at / dim]) value = 0.0f;
+      value = keep * value + (1.0f - keep) * ahead[i];
+      o[token * step + at] = value;
+    }
   }
   if (!(fabsf(value) <= kLargestState)) atomicOr(&verdict->state_not_finite, 1);
 }
@@ -181,10 +195,11 @@ __global__ void count_spikes_kernel(const RegionView* regions, const TileName* t
 }
 
 template <class Real>
-void* brain_kernel(int steps) {
-  return reinterpret_cast<void*>(steps == 1   ? &run_brain_kernel<Real, 1>
-                                 : steps == 2 ? &run_brain_kernel<Real, 2>
-                                              : &run_brain_kernel<Real, 4>);
+void* brain_kernel(int steps, bool plain) {
+  if (plain) {
+    return reinterpret_cast<void*>(steps == 1 ? &run_brain_kernel<Real, 1, true> : &run_brain_kernel<Real, 2, true>);
+  }
+  return reinterpret_cast<void*>(steps == 1 ? &run_brain_kernel<Real, 1, false> : &run_brain_kernel<Real, 2, false>);
 }
 
 }  // namespace
@@ -232,18 +247,16 @@ BrainShape CudaModel::brain_shape(int streams, int tokens) const {
   const auto shape_of = [&](int group) {
     BrainShape shape{};
     shape.group = group;
-    shape.steps = group <= kRows ? 1 : group <= 2 * kRows ? 2 : 4;
+    shape.steps = group <= kRows ? 1 : 2;
     const int chunks = (group + shape.steps * kRows - 1) / (shape.steps * kRows);
     const int replicas = std::min(replicas_, chunks);
     shape.grid = base_grid_ * replicas;
     const int items = most_tiles_ * ((chunks + replicas - 1) / replicas);
-    const size_t item = shape.steps == 1   ? sizeof(LocalState<1>)
-                        : shape.steps == 2 ? sizeof(LocalState<2>)
-                                           : sizeof(LocalState<4>);
+    const size_t item = shape.steps == 1 ? sizeof(LocalState<1>) : sizeof(LocalState<2>);
     shape.local_bytes = items * item;
     return shape;
   };
-  constexpr int kUnitStreams = 4 * kRows;
+  constexpr int kUnitStreams = 2 * kRows;
   const int limit = stream_group_ ? std::min(stream_group_, streams) : streams;
   BrainShape shape = shape_of(limit);
   for (int groups = 2; table_bytes_ + shape.local_bytes > shared_limit_ && shape.group > kUnitStreams; ++groups) {
@@ -289,11 +302,13 @@ void CudaModel::run_brain() {
                  dropout()};
   const dim3 hush_grid(std::clamp<int>(static_cast<int>(rows_), 8, 512), static_cast<unsigned>(regions_.size()));
   with_real(spec_.bf16, [&](auto real) {
-    hush_kernel<decltype(real)><<<hush_grid, kWide, 0, stream_.get()>>>(region_views_, rows_);
+    hush_kernel<decltype(real)>
+        <<<hush_grid, kWide, 0, stream_.get()>>>(region_views_, active_->views(), rows_, call_streams_);
   });
   launched();
   NG_CUDA(cudaMemsetAsync(spike_counts_, 0, sizeof(int) * total_neurons(), stream_.get()));
-  void* kernel = spec_.bf16 ? brain_kernel<bf16>(shape.steps) : brain_kernel<float>(shape.steps);
+  const bool plain = !has_resets_ && spec_.dropout == 0;
+  void* kernel = spec_.bf16 ? brain_kernel<bf16>(shape.steps, plain) : brain_kernel<float>(shape.steps, plain);
   NG_CUDA(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes)));
   void* arguments[] = {&call};

@@ -23,7 +23,8 @@ CudaModel::CudaModel(const ModelSpec& spec) : CudaModel(spec, MeasureOnly{}) {
   lay_out();
   stream_ = new_stream();
   done_ = new_event(spec_.spin);
-  arrived_ = new_event(spec_.spin);
+  arrived_ = new_event(false);
+  given_ = new_event(false);
   pinned_size_ = inbox_size_ + outbox_size_ + sizeof(float) * spec_.streams * spec_.dim + 4096;
   pinned_ = pinned_memory(pinned_size_);
   rates_.resize(regions_.size());
@@ -107,6 +108,9 @@ void CudaModel::lay_out_parameters() {
     region.rho = constant(prefix + ".rho", region.n);
     region.a = constant(prefix + ".a", region.n);
     region.b = constant(prefix + ".b", region.n);
+    for (float** derived : {&region.gain, &region.scaled_a, &region.scaled_b}) {
+      *derived = arena_.take<float>("parameters", region.n);
+    }
   }
   for (size_t p = 0; p < spec_.projections.size(); ++p) {
     const int64_t blocks = first_block_[p + 1] - first_block_[p];
@@ -172,6 +176,7 @@ void CudaModel::lay_out_workspace() {
   tail_part_ = arena_.take<float>(part, segments * dim);
   norm_part_ = arena_.take<double>(part, kNormBlocks);
   draw_ = arena_.take<Draw>(part, 1);
+  faults_ = arena_.take<Faults>(part, 1);
   drawn_ = arena_.take<int32_t>(part, rows);
 }
 
@@ -204,12 +209,6 @@ void CudaModel::wait() {
   ++counters_.syncs;
   pinned_used_ = 0;
   NG_CUDA(cudaEventSynchronize(done_.get()));
-}
-
-void CudaModel::wait_for(uintptr_t stream) {
-  const OnDevice scope(spec_.device);
-  NG_CUDA(cudaEventRecord(arrived_.get(), reinterpret_cast<cudaStream_t>(stream)));
-  NG_CUDA(cudaStreamWaitEvent(stream_.get(), arrived_.get(), 0));
 }
 
 void CudaModel::read(const void* from, void* host, size_t bytes) {

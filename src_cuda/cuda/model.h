@@ -10,6 +10,7 @@
 #pragma once
 
 #include <array>
+#include <deque>
 #include <memory>
 #include <string>
 #include <vector>
@@ -23,6 +24,8 @@
 namespace neurogen::cuda {
 
 struct Dropout;
+
+inline bool on_host(const Output& out) { return out.data && !out.device; }
 
 // How one brain launch runs its streams.
 struct BrainShape {
@@ -43,6 +46,7 @@ struct RegionView {
   int32_t first_tile;  // number of its first tile among all regions' tiles
   int32_t reserved;
   const float *bias, *alpha, *rho, *a, *b;  // [n]
+  float *gain, *scaled_a, *scaled_b;        // [n] sqrt(1-alpha^2), (1-rho) a, (1-rho) b
   void *u, *s, *emitted;                    // Real [M, n]; emitted = s through dropout (s itself without)
   void *d, *g;                // Real [M, n]; g only where gated. Forward: drive and G; backward: dg and dd
   void* delta;                // Real [M, n]: L, then dE/dI; shares d where there is no gate
@@ -51,11 +55,13 @@ struct RegionView {
 };
 
 // One 32 x 32 block of a sum: block * (32 columns of source), for a warp's rows.
+constexpr int kStreamed = 1 << 30;
+
 struct Term {
   const void* source;  // Real, row 0, first of the 32 columns
   int32_t ld;          // its row length
   int32_t block;       // number of the weight block
-  int32_t slot;        // forward launch: where in shared memory it stays, -1 = streamed
+  int32_t slot;        // brain launch: where in shared memory it may stay, kStreamed = nowhere
   int32_t delay;       // rows of source are read `delay` tokens back; 0 for everything outside the brain launch
   int32_t region;      // source region (delayed terms: its carried spikes)
   int32_t column;      // first of the 32 columns
@@ -86,11 +92,21 @@ struct Share {
 
 // One weight block for the weight-gradient kernel.
 struct BlockJob {
-  const void* error;   // Real, row 0, first of 32 receivers
-  const void* source;  // Real, row 0, first of 32 sources
-  int32_t error_ld, source_ld;
-  int32_t region, column, delay;  // of a delayed source: its carried spikes; region -1 otherwise
-  int32_t pad;
+  const void* error;  // Real, row 0, first of 32 receivers
+  int32_t ld;         // its row length
+  int32_t delay;
+  int32_t block, reserved;
+};
+
+// Blocks that hear the same 32 sources.
+constexpr int kGroup = 8;
+struct SourceGroup {
+  const void* source;      // Real, row 0, first of the 32
+  int32_t ld;              // its row length
+  int32_t region, column;  // their carried spikes, where longest_delay > 0
+  int32_t longest_delay;
+  int32_t count, reserved;
+  BlockJob jobs[kGroup];
 };
 
 // What the host learns of a call, and what later kernels of the call decide by.
@@ -99,8 +115,15 @@ struct Verdict {
   long long correct, tokens;
   int bad_id, bad_weight;  // 1 + position in [S, T] of a wrong value in a device array (the last one), 0 = none
   int state_not_finite, loss_not_finite;
-  int ok;     // nothing above is wrong
-  int heard;  // tokens of a generation that the state took in
+  int faulty;  // there are Faults that the host has not heard of
+  int ok;      // nothing above is wrong
+  int heard;   // tokens of a generation that the state took in
+};
+
+// What went wrong in calls that did not wait; 0 = nothing. Positions: 1 + that of a wrong value (the last one).
+struct Faults {
+  unsigned long long bad_id, bad_x, bad_broca;  // of encode(), step() and sample()
+  unsigned long long state_not_finite;
 };
 
 // Sampling arguments with the position of the next draw, in device memory so that a captured graph reads them.
@@ -130,17 +153,21 @@ class CudaModel final : public Model {
   void advance(State& state, const Tokens&, float* broca) override;
   double evaluate(State& state, const Tokens&, const Input& targets) override;
   int generate(State& state, float* broca, const Sampling&, int count, int32_t* ids) override;
-  void step(const float* x, bool hold) override;
+  void step(const Input& x, bool hold) override;
   void learn_held(const int32_t* ids, const Targets&, const AdamW&, StepStats*) override;
-  void broca_output(float* out) override;
-  void encode(const int32_t* ids, int64_t count, float* out) override;
-  void logits(const float* broca, int64_t rows, float* out) override;
-  void sample(const float* broca, int64_t rows, const Sampling&, int32_t* ids) override;
+  void broca_output(const Output& out) override;
+  void encode(const Input& ids, int64_t count, const Output& out) override;
+  void logits(const Input& broca, int64_t rows, const Output& out) override;
+  void sample(const Input& broca, int64_t rows, const Sampling&, const Output& ids) override;
 
   double rate(int region) const override { return rates_[region]; }
   void recorded(int region, float* u, float* s) const override;
   uintptr_t stream() const override { return reinterpret_cast<uintptr_t>(stream_.get()); }
   void wait_for(uintptr_t stream) override;
+  void hand_over(uintptr_t stream) override;
+  uint64_t mark() override;
+  uint64_t passed() override;
+  Place place(const void* memory) const override;
   Counters counters() const override { return counters_; }
   std::vector<std::pair<std::string, std::string>> execution_plan() const override;
 
@@ -159,6 +186,7 @@ class CudaModel final : public Model {
   void* take_real(const char* part, int64_t count) { return arena_.take<char>(part, count * real_size()); }
 
   // connectome.cpp: the lists of terms, tiles and jobs
+  int64_t most_groups() const;
   const void* error_of(const ProjectionSpec& p) const;
   const void* heard_by(const ProjectionSpec& p) const;
   void build_lists();
@@ -173,16 +201,25 @@ class CudaModel final : public Model {
   void stage(CudaState& state, const Tokens& tokens);
   void stage_ids(const Input& ids);
   void stage_targets(const Targets& targets);
-  void gather_rows();  // x_ = embedding rows of the staged ids
-  void encode_rows(const int32_t* ids, int64_t count, float* out);
-  void stage_rows(const float* x);                 // x_ = the caller's rows (host)
-  void summarize(bool want_predictions);           // Verdict: loss, rates, homeostasis, ok
+  void gather_rows();                              // x_ = embedding rows of the staged ids
+  void summarize(const Output& predictions);       // Verdict: loss, rates, homeostasis, ok
   void judge(bool with_losses);                    // Verdict of a call that does not learn
   void commit();                                   // where ok
   const Verdict& finish(size_t prediction_bytes);  // one copy back, the one wait, errors of device arrays
   void report(const Targets& targets, StepStats* stats);
   void set_draw(const Sampling& sampling);
   void keep_drawn();  // appends ids_ to drawn_, moves to the next position
+
+  // callers.cu: the caller's device arrays where they are, and errors of calls that do not wait
+  void stage_rows(const Input& x);  // x_ = the caller's rows
+  void encode_rows(const void* ids, int itemsize, int64_t count, float* out);
+  void check_ids(const Input& ids, int64_t count);
+  void check_rows(const Input& rows, int64_t count, unsigned long long* fault);
+  void take(void* to, const Input& from, size_t offset, size_t bytes);
+  void give(const Output& to, size_t offset, const void* from, size_t bytes);
+  Faults* faults();       // where the launches of this call may leave one
+  void remember_state();  // Faults: the state that this step would have left was not finite
+  void settle();          // wait(), and throws what calls that did not wait have left
 
   // forward.cu
   void forward();
@@ -230,7 +267,7 @@ class CudaModel final : public Model {
            StepStats* stats);
   void score_and_learn(const Targets& targets, const AdamW* adam, bool accumulate, StepStats* stats);
   template <class Body>
-  void for_logits(const float* broca, int64_t rows, Body body);
+  void for_logits(const Input& broca, int64_t rows, Body body);
   void speak();
   void capture();
 
@@ -247,7 +284,10 @@ class CudaModel final : public Model {
   size_t pinned_size_ = 0, pinned_used_ = 0, inbox_size_ = 0, outbox_size_ = 0;
   const char* result_ = nullptr;  // the outbox in pinned memory, after finish()
   Stream stream_;
-  Event done_, arrived_;
+  Event done_, arrived_, given_;
+  std::deque<Event> marks_;   // not yet passed, the oldest first
+  std::vector<Event> spare_;  // to mark with
+  uint64_t marked_ = 0, passed_ = 0;
   GraphExec graph_;
   mutable Counters counters_;
   std::unique_ptr<Cublas> cublas_;
@@ -269,7 +309,8 @@ class CudaModel final : public Model {
   TileName* tile_names_ = nullptr;                         // [tiles]
   TermList embed_drive_, embed_gate_, pull_, embed_pull_;  // receivers: tiles, tiles, tiles, D/32
   TermList hear_;                                          // receivers: D/32
-  BlockJob* jobs_ = nullptr;                               // [blocks]
+  SourceGroup* groups_ = nullptr;
+  int64_t group_count_ = 0;
   // Brain launch: base_grid_ shares, each worked on by up to replicas_ blocks of threads that divide the streams.
   int base_grid_ = 0, replicas_ = 0, stream_group_ = 0;
   int most_tiles_ = 0, most_slots_ = 0;  // of a share
@@ -299,7 +340,9 @@ class CudaModel final : public Model {
   int64_t capacity_ = 0, rows_ = 0;
   bool train_dropout_ = false, held_ = false, held_sound_ = false, has_resets_ = false;
   uint64_t call_ = 0;
-  Verdict* verdict_ = nullptr;                      // the outbox: verdict, rates, predictions
+  Verdict* verdict_ = nullptr;  // the outbox: verdict, rates, predictions
+  Faults* faults_ = nullptr;
+  bool unheard_ = false;                            // there may be faults
   double* rate_sums_ = nullptr;                     // [regions] spikes of the call per neuron and token
   int32_t* predictions_ = nullptr;                  // [S, T]
   double* region_part_ = nullptr;                   // [regions]

@@ -82,14 +82,31 @@ __device__ inline Four<Real> pack(float4 x) {
   return out;
 }
 
-// Two neighbouring values, aligned to two.
-__device__ inline float2 load2(const float* p) { return *reinterpret_cast<const float2*>(p); }
-__device__ inline float2 load2(const bf16* p) {
-  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(p));
+// N neighbouring values as they are stored, aligned to N.
+template <class Real, int N>
+struct alignas(N * sizeof(Real)) Few {
+  Real x[N];
+  __device__ float get(int j) const { return to_float(x[j]); }
+  __device__ void set(const float (&from)[N]) {
+    for (int j = 0; j < N; ++j) x[j] = from_float<Real>(from[j]);
+  }
+};
+// One register, not two.
+template <>
+struct Few<bf16, 2> {
+  uint32_t raw;
+  __device__ float get(int j) const { return __uint_as_float(j ? raw & 0xffff0000u : raw << 16); }
+  __device__ void set(const float (&from)[2]) {
+    reinterpret_cast<__nv_bfloat162&>(raw) = __floats2bfloat162_rn(from[0], from[1]);
+  }
+};
+template <int N, class Real>
+__device__ inline Few<Real, N> fetch_few(const Real* p) {
+  return *reinterpret_cast<const Few<Real, N>*>(p);
 }
-__device__ inline void store2(float* p, float2 x) { *reinterpret_cast<float2*>(p) = x; }
-__device__ inline void store2(bf16* p, float2 x) {
-  *reinterpret_cast<__nv_bfloat162*>(p) = __floats2bfloat162_rn(x.x, x.y);
+template <int N, class Real>
+__device__ inline void store_few(Real* p, const Few<Real, N>& x) {
+  *reinterpret_cast<Few<Real, N>*>(p) = x;
 }
 
 // Sums over a warp, in one order; every lane gets the result.

@@ -134,6 +134,16 @@ __global__ void __launch_bounds__(kThreads) update_kernel(Update p, LazyRows row
   }
 }
 
+// What the neuron update needs of its constants. blockIdx.y: region.
+__global__ void derive_constants_kernel(const RegionView* regions) {
+  const RegionView& region = regions[blockIdx.y];
+  const int j = blockIdx.x * blockDim.x + threadIdx.x;
+  if (j >= region.n) return;
+  region.gain[j] = sqrtf(1.0f - region.alpha[j] * region.alpha[j]);
+  region.scaled_a[j] = (1.0f - region.rho[j]) * region.a[j];
+  region.scaled_b[j] = (1.0f - region.rho[j]) * region.b[j];
+}
+
 template <class Real>
 __global__ void __launch_bounds__(kThreads) copy_weights_kernel(Update p) {
   __shared__ float tile[kBlock][kBlock + 1];
@@ -165,6 +175,11 @@ void CudaModel::refresh_derived() {
   with_real(spec_.bf16, [&](auto real) {
     copy_weights_kernel<decltype(real)><<<grid_for(job.decoder_end), kThreads, 0, stream_.get()>>>(job);
   });
+  launched();
+  int widest = 0;
+  for (const RegionView& region : regions_) widest = std::max(widest, region.n);
+  const dim3 grid((widest + kThreads - 1) / kThreads, static_cast<unsigned>(regions_.size()));
+  derive_constants_kernel<<<grid, kThreads, 0, stream_.get()>>>(region_views_);
   launched();
   derived_stale_ = false;
 }

@@ -19,6 +19,7 @@ void CudaState::lay_out(Arena& arena) {
     view.next_v = take(cells);
     view.next_w = take(cells);
     view.spikes = take(cells * history_[r]);
+    view.recent = take(cells * history_[r]);
     views_.push_back(view);
   }
   o_ = arena.take<float>("neuron state", static_cast<size_t>(streams_) * spec_->dim);
@@ -51,9 +52,10 @@ std::vector<Tensor> CudaState::arrays() {
   return out;
 }
 
-// Work of the model's stream is done when a call returns, so the default stream may write here.
+// The default stream may write here once the model's stream has done what calls that do not wait have left there.
 void CudaState::clear(const uint8_t* which) {
   const OnDevice scope(device_);
+  NG_CUDA(cudaDeviceSynchronize());
   for (Tensor& array : arrays()) {
     // [.., S, width]: rows repeat every S.
     const int64_t width = array.shape.back(), rows = array.size() / std::max<int64_t>(width, 1);

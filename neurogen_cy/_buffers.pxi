@@ -7,8 +7,7 @@ from cpython.buffer cimport (
 from neurogen_cy._neurogen cimport int32_t, int64_t
 
 cdef str _HOST_KINDS = "a NumPy array, a buffer (memoryview, array.array) or a host DLPack array"
-cdef str _WHERE_HOST = (" (train_step_batch and backward_batch alone take device arrays, and only to read)"
-                        if ON_DEVICE else f" for a model on the {BACKEND} backend")
+cdef str _WHERE_HOST = " (this call takes no device arrays)" if ON_DEVICE else f" for a model on the {BACKEND} backend"
 
 
 cdef str _dtype_name(Py_buffer* view):
@@ -74,6 +73,7 @@ cdef class Held:
     cdef tuple shape
     cdef void* data
     cdef Py_ssize_t bytes, itemsize
+    cdef bint written  # by the call
 
     cdef Py_ssize_t size(self):
         return self.bytes // self.itemsize

@@ -4,28 +4,50 @@
 from neurogen_cy._neurogen cimport Counters, Model, Tensor, int32_t, uint64_t, unique_ptr, vector
 
 
+@cython.no_gc_clear  # arrays in `lent` outlive the work on them
 cdef class Core:
     """Owns the native model and admits one thread at a time."""
 
     cdef unique_ptr[Model] model
     cdef readonly object config
-    cdef readonly int streams, max_tokens
+    cdef readonly int streams, max_tokens, device
     cdef dict topology
     cdef bint busy
+    cdef bint shown       # another library has seen device memory of this model
+    cdef list lent        # (mark, [array, ..]) of calls that did not wait, the oldest first
+    cdef uint64_t marked  # the last mark made
     cdef int recorded_streams, recorded_tokens
 
     def __cinit__(self, cfg, dict topology, int streams, int max_tokens, int threads, uint64_t seed, int device,
                   str precision, str sync):
         self.config, self.topology = cfg, topology
-        self.streams, self.max_tokens = streams, max_tokens
+        self.streams, self.max_tokens, self.device, self.lent = streams, max_tokens, device, []
         self.model.reset(make_model(make_spec(cfg, topology, streams, max_tokens, threads, seed, device, precision,
                                               sync)))
+
+    def __dealloc__(self):
+        self.model.reset()  # waits for the work that `lent` is kept for
 
     cdef int enter(self) except -1:
         # The GIL is held here, so looking and setting cannot be split by another thread.
         if self.busy:
             raise RuntimeError("this model is in use by another thread: a model serves one thread at a time")
         self.busy = True
+        if self.lent:
+            try:
+                self.give_back()
+            except BaseException:
+                self.busy = False
+                raise
+        return 0
+
+    cdef int give_back(self) except -1:
+        """Lets go of arrays whose calls are over."""
+        cdef uint64_t passed = deref(self.model).passed()
+        cdef Py_ssize_t over = 0
+        while over < len(self.lent) and self.lent[over][0] <= passed:
+            over += 1
+        del self.lent[:over]
         return 0
 
     # ---- copies: the caller has entered ----------------------------------------------------------------------

@@ -11,8 +11,10 @@ from neurogen_cy._cpu import NeuronState as NeuronState
 from neurogen_cy._cpu import TensorView as TensorView
 from neurogen_cy._cpu import TokenEmbedding as TokenEmbedding
 from neurogen_cy._cpu import check_sampling as check_sampling
+from neurogen_cy._cpu import device_array_facts as device_array_facts
 from neurogen_cy._cpu import host_array as host_array
 from neurogen_cy._cpu import memory_plan as memory_plan
+from neurogen_cy._cpu import stream_handle as stream_handle
 
 BACKEND: Final[str]
 PRECISIONS: Final[tuple[str, ...]]

@@ -1,10 +1,11 @@
 # The calls of a model: arguments are checked and staged, then the library runs without the GIL.
 
 from neurogen_cy._neurogen cimport (
-    CAdamW, Input, Normalize, Sampling, StepStats, Targets, Tokens, int32_t, int64_t, uint8_t, uint64_t, vector,
+    CAdamW, Input, Normalize, Output, Sampling, StepStats, Targets, Tokens, int32_t, int64_t, uint8_t, uint64_t, vector,
 )
 
 
+@cython.no_gc_clear
 cdef class Engine(Core):
     """The native model behind a NeuroGen."""
 
@@ -49,7 +50,7 @@ cdef class Engine(Core):
         """Ids of the host are checked and made int32; those of a device are read, and checked, where they are."""
         cdef Borrowed here
         cdef Py_ssize_t i, count = ids.size()
-        _point(out, ids)
+        out[0] = as_input(ids)
         if out.device:
             return 0
         here = ids
@@ -61,37 +62,32 @@ cdef class Engine(Core):
         return 0
 
     cdef int stage_resets(self, Held resets, Input* out) except -1:
-        _point(out, resets)
+        out[0] = as_input(resets)
         if not out.device:
             memcpy(self.resets.data(), resets.data, resets.bytes)
             out.data = self.resets.data()
         return 0
 
-    cdef list stage_call(self, object ids, object targets, object resets, tuple shape, Tokens* tokens, Input* goal):
-        """ids, targets and resets of one call, all [S, T] or all [T]; shape: () = the model's own streams.
-
-        Returns the arrays it points into, ids first, which have to live until the call is over.
-        """
-        cdef Held a = borrow_input(ids, "ids", _IDS)
+    cdef Held stage_call(self, Arrays arrays, object ids, object targets, object resets, tuple shape, Tokens* tokens,
+                         Input* goal):
+        """ids (returned), targets, resets of one call, all [S, T] or all [T]; shape: () = the model's own streams."""
+        cdef Held a = arrays.read(ids, "ids", _IDS)
         cdef Held b
-        cdef list held = [a]
         if not shape:
             shape = self.token_shape(a)
         else:
             a.check_shape(shape)
         if targets is not None:
-            b = borrow_input(targets, "targets", _IDS)
+            b = arrays.read(targets, "targets", _IDS)
             b.check_shape(a.shape)
             self.stage_ids(b, self.targets.data(), goal)
-            held.append(b)
         if resets is not None:
-            b = borrow_input(resets, "resets", _FLAGS)
+            b = arrays.read(resets, "resets", _FLAGS)
             b.check_shape(a.shape)
             self.stage_resets(b, &tokens.resets)
-            held.append(b)
         self.stage_ids(a, self.ids.data(), &tokens.ids)
         tokens.streams, tokens.tokens = shape
-        return held
+        return a
 
     cdef int check_weights(self, Borrowed weights, bint signed) except -1:
         cdef const float* w = <const float*>weights.data
@@ -103,31 +99,22 @@ cdef class Engine(Core):
                                  "normalize='abs' takes signed weights")
         return 0
 
-    cdef int wait_for_writers(self, list held) except -1:
-        """The model's stream waits for the streams that write these device arrays; the host does not."""
-        for array in held:
-            if isinstance(array, DeviceArray) and (<DeviceArray>array).stream:
-                deref(self.model).wait_for((<DeviceArray>array).stream)
-        return 0
-
     # ---- learning ------------------------------------------------------------------------------------------
 
     def train(self, ids, targets, weights, resets, normalize, divisor, predictions_out, bint record,
-              uint64_t call, adam, bint accumulate):
+              uint64_t call, adam, bint accumulate, stream=None):
         """Forward, loss and backward; with `adam` (see _adam) the update too. Returns the statistics as a tuple."""
         cdef Tokens tokens
         cdef Targets goal
         cdef CAdamW step
-        cdef Held w
-        cdef Borrowed p
-        cdef list held
+        cdef Held a, w
+        cdef Arrays arrays = Arrays(self, stream)
         cdef bint updates = adam is not None
         self.enter()
         try:
             if targets is None:
                 raise TypeError("targets: expected an array of token ids, got None")
-            held = self.stage_call(ids, targets, resets, (), &tokens, &goal.ids)
-            shape = (<Held>held[0]).shape
+            a = self.stage_call(arrays, ids, targets, resets, (), &tokens, &goal.ids)
             if normalize not in ("sum", "abs"):
                 raise ValueError(f"normalize: expected 'sum' or 'abs', got {normalize!r}")
             goal.normalize = Normalize.absolute if normalize == "abs" else Normalize.sum
@@ -137,39 +124,39 @@ cdef class Engine(Core):
                 if not (isfinite(goal.divisor) and goal.divisor >= 0):
                     raise ValueError(f"divisor: expected a finite number >= 0, got {divisor!r}")
             if weights is not None:
-                w = borrow_input(weights, "weights", _FLOATS)
-                w.check_shape(shape)
+                w = arrays.read(weights, "weights", _FLOATS)
+                w.check_shape(a.shape)
                 if isinstance(w, Borrowed):
                     self.check_weights(w, normalize == "abs")
-                _point(&goal.weights, w)
-                held.append(w)
+                goal.weights = as_input(w)
             if predictions_out is not None:
-                p = borrow(predictions_out, "predictions_out", ("int32",), True)
-                p.check_shape(shape)
-                for array in held:
-                    p.check_apart(array)
-                goal.predictions = <int32_t*>p.data
+                w = arrays.write(predictions_out, "predictions_out", ("int32",))
+                w.check_shape(a.shape)
+                goal.predictions = as_output(w)
+            arrays.begin()
             if updates:
                 step = _adam(adam)
             self.recorded_tokens = 0
             self.stats.grad_norm = NAN  # stays so where the loss is not finite
-            self.wait_for_writers(held)
             with blas_at_one_thread, nogil:
                 if updates:
                     deref(self.model).train(tokens, goal, step, call, &self.stats)
                 else:
                     deref(self.model).backward(tokens, goal, call, accumulate, &self.stats)
+            arrays.end(True)
             if record:
                 self.recorded_streams, self.recorded_tokens = tokens.streams, tokens.tokens
             return self.take_stats()
         finally:
             self.busy = False
 
-    def update(self, adam):
+    def update(self, adam, stream=None):
         """AdamW on the gradients as they stand. Returns (gradient norm, finite)."""
         cdef CAdamW step = _adam(adam)
+        cdef Arrays arrays = Arrays(self, stream)
         self.enter()
         try:
+            arrays.begin()
             with nogil:
                 deref(self.model).update(step, &self.stats)
             return self.stats.grad_norm, self.stats.finite
@@ -181,9 +168,11 @@ cdef class Engine(Core):
         cdef Tokens tokens
         cdef Targets goal
         cdef CAdamW step = _adam(adam)
+        cdef Arrays arrays = Arrays(self, None)
         self.enter()
         try:
-            self.stage_call(ids[:, None], targets[:, None], None, (), &tokens, &goal.ids)
+            self.stage_call(arrays, ids[:, None], targets[:, None], None, (), &tokens, &goal.ids)
+            arrays.begin()
             self.stats.grad_norm = NAN
             with blas_at_one_thread, nogil:
                 deref(self.model).learn_held(self.ids.data(), goal, step, &self.stats)
@@ -216,13 +205,15 @@ cdef class Engine(Core):
         cdef Tokens call
         cdef Input goal
         cdef double total = 0
+        cdef Arrays arrays = Arrays(self, None)
         self.enter()
         try:
-            held = self.stage_call(ids, targets, resets, (state.streams, tokens), &call, &goal)
+            self.stage_call(arrays, ids, targets, resets, (state.streams, tokens), &call, &goal)
+            arrays.begin()
             self.recorded_tokens = 0
-            self.wait_for_writers(held)
             with blas_at_one_thread, nogil:
                 total = deref(self.model).evaluate(deref(state.state), call, goal)
+            arrays.end(True)
             return total
         finally:
             self.busy = False
@@ -232,14 +223,15 @@ cdef class Engine(Core):
         cdef Tokens call
         cdef Input goal
         cdef Borrowed out = borrow(broca_out, "broca_out", _FLOATS, True)
-        cdef Held a = borrow_input(ids, "ids", _IDS)
+        cdef Borrowed a = borrow(ids, "ids", _IDS)
+        cdef Arrays arrays = Arrays(self, None)
         cdef float* broca = <float*>out.data
         self.enter()
         try:
             out.check_shape((state.streams, self.config.dim))
-            held = self.stage_call(ids, None, None, a.shape, &call, &goal)
+            self.stage_call(arrays, ids, None, None, a.shape, &call, &goal)
+            arrays.begin()
             self.recorded_tokens = 0
-            self.wait_for_writers(held)
             with blas_at_one_thread, nogil:
                 deref(self.model).advance(deref(state.state), call, broca)
         finally:
@@ -274,11 +266,6 @@ cdef class Engine(Core):
             return out[:heard]
         finally:
             self.busy = False
-
-
-cdef int _point(Input* to, Held array) except -1:
-    to.data, to.itemsize, to.device = array.data, array.itemsize, isinstance(array, DeviceArray)
-    return 0
 
 
 cdef CAdamW _adam(object adam) except *:

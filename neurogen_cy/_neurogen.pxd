@@ -63,6 +63,17 @@ cdef extern from "neurogen/model.h" namespace "neurogen" nogil:
         int itemsize
         bool device
 
+    cdef cppclass Output:
+        void* data
+        bool device
+
+    cdef cppclass Place:
+        bool known
+        bool host
+        int device
+        bool own_context
+        int64_t bytes
+
     cdef cppclass Tokens:
         int streams
         int tokens
@@ -78,7 +89,7 @@ cdef extern from "neurogen/model.h" namespace "neurogen" nogil:
         Input weights
         Normalize normalize
         double divisor
-        int32_t* predictions
+        Output predictions
 
     cdef cppclass CAdamW "neurogen::AdamW":
         double lr
@@ -127,16 +138,20 @@ cdef extern from "neurogen/model.h" namespace "neurogen" nogil:
         void advance(State&, const Tokens&, float*) except +
         double evaluate(State&, const Tokens&, const Input&) except +
         int generate(State&, float*, const Sampling&, int, int32_t*) except +
-        void step(const float*, bool) except +
+        void step(const Input&, bool) except +
         void learn_held(const int32_t*, const Targets&, const CAdamW&, StepStats*) except +
-        void broca_output(float*) except +
-        void encode(const int32_t*, int64_t, float*) except +
-        void logits(const float*, int64_t, float*) except +
-        void sample(const float*, int64_t, const Sampling&, int32_t*) except +
+        void broca_output(const Output&) except +
+        void encode(const Input&, int64_t, const Output&) except +
+        void logits(const Input&, int64_t, const Output&) except +
+        void sample(const Input&, int64_t, const Sampling&, const Output&) except +
         double rate(int) except +
         void recorded(int, float*, float*) except +
         uintptr_t stream() except +
         void wait_for(uintptr_t) except +
+        void hand_over(uintptr_t) except +
+        uint64_t mark() except +
+        uint64_t passed() except +
+        Place place(const void*) except +
         Counters counters() except +
         vector[pair[string, string]] execution_plan() except +
 

@@ -1,4 +1,5 @@
-# Views of what a model holds, without a copy.
+# Views of what a model holds, without a copy. A view on a device is ordered after the work that the model was asked for
+# when it is shown; from then on the model's calls wait for the legacy default stream, or the one named by `stream=`.
 
 from neurogen_cy._neurogen cimport uintptr_t
 
@@ -24,6 +25,33 @@ cdef class TensorView:
     cdef readonly bint readonly
     cdef object owner
     cdef void* data
+
+    cdef tuple where(self):
+        """DLPack's device type and number."""
+        return DL_CPU, 0
+
+    cdef int order(self, object stream) except -1:
+        """Makes a consumer's stream wait for the memory."""
+        if stream is not None:
+            raise ValueError(f"{self.key}: expected stream None for memory of the host, got {stream!r}")
+        return 0
+
+    def __dlpack_device__(self):
+        return self.where()
+
+    def __dlpack__(self, stream=None, *, max_version=None, dl_device=None, copy=None):
+        """A DLPack capsule of the memory. Read-only views need a consumer that knows DLPack 1.0."""
+        cdef bint versioned = max_version is not None and max_version[0] >= 1
+        if copy:
+            raise BufferError(f"{self.key}: expected copy None or False, got {copy!r}; its .numpy() is a copy")
+        if dl_device is not None and tuple(dl_device) != self.where():
+            raise BufferError(f"{self.key}: expected device {self.where()}, got {tuple(dl_device)}")
+        if self.readonly and not versioned:
+            raise BufferError(f"{self.key}: this view is read-only, which a capsule from before DLPack 1.0 cannot say")
+        self.order(stream)
+        kind, number = self.where()
+        return dlpack_capsule(self, self.data, self.shape, self.dtype == np.float32, kind, number, self.readonly,
+                              versioned)
 
     def __init__(self):
         raise TypeError(f"{type(self).__name__}: expected to be taken from a model (parameters, gradients), got a call")
@@ -67,15 +95,31 @@ cdef class HostView(TensorView):
 
 
 cdef class DeviceView(TensorView):
-    """A view of device memory by `__cuda_array_interface__` (version 3), for PyCUDA, CuPy, torch or Numba.
+    """A view of device memory by `__cuda_array_interface__` (version 3) and DLPack."""
 
-    The consumer waits for the model's stream, which the interface names. Whoever writes into a gradient finishes
-    (synchronises) before the next call of the model.
-    """
+    cdef tuple where(self):
+        return DL_CUDA, (<Core>self.owner).device
+
+    cdef int order(self, object stream) except -1:
+        cdef Core core = self.owner
+        if stream is not None and (isinstance(stream, bool) or not isinstance(stream, Integral) or stream < -1
+                                   or stream == 0):
+            raise ValueError(f"{self.key}: expected stream -1 (no order), 1 (legacy default), 2 (per-thread default) "
+                             f"or the address of one, got {stream!r}")
+        core.shown = True
+        if stream == -1:
+            return 0
+        core.enter()
+        try:
+            deref(core.model).hand_over(LEGACY_STREAM if stream is None else stream)
+        finally:
+            core.busy = False
+        return 0
 
     @property
     def __cuda_array_interface__(self):
         cdef Core core = self.owner
+        core.shown = True
         return {"version": 3, "shape": self.shape, "typestr": self.dtype.str, "strides": None,
                 "data": (<uintptr_t>self.data, self.readonly), "stream": deref(core.model).stream()}
 

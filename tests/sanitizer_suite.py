@@ -4,8 +4,8 @@
 
 Reduced to: three regions with gates, delays, dropout and sparse blocks, odd V; 3 streams x 5 tokens (tied and not,
 graded and binary spikes) and 33 x 2 in groups of 16; both precisions; training, gradients accumulated, the
-token-by-token loop, evaluation, generation by every kind of sampling, arrays in device memory with and without a wrong
-id (where CuPy is installed), a checkpoint saved and loaded.
+token-by-token loop, evaluation, generation by every kind of sampling, arrays in device memory, read and written, with
+and without a wrong id (where CuPy is installed), a checkpoint saved and loaded.
 """
 
 import dataclasses
@@ -63,7 +63,18 @@ def from_device_memory(model, tokens):
     except ImportError:
         return False
     ids, targets, weights, resets = (cupy.asarray(array) for array in batch(7, model.streams, tokens))
-    assert np.isfinite(model.train_step_batch(ids.astype(cupy.int64), targets, weights, resets).loss)
+    said = cupy.empty_like(ids)
+    result = model.train_step_batch(ids.astype(cupy.int64), targets, weights, resets, predictions_out=said)
+    assert np.isfinite(result.loss)
+    x, broca = (cupy.empty((model.streams, model.config.dim), cupy.float32) for _ in range(2))
+    logits, word = cupy.empty((model.streams, V), cupy.float32), ids[:, 0].copy()
+    for _ in range(2):
+        model.embedding.encode_into(word, x)
+        model.brain.step(x)
+        model.brain.broca_output_into(broca)
+        model.decoder.logits_into(broca, logits)
+        model.decoder.sample_into(broca, word, top_k=5)
+    assert np.isfinite(logits.get()).all() and 0 <= int(said.min()) <= int(said.max()) < V
     wrong = targets.copy()
     wrong[0, 0] = V
     try:

@@ -5,12 +5,12 @@ The memory is that of another model's parameters, so this needs no library of de
 
 import numpy as np
 import pytest
-from test_bad_input import IDS, B, D, T, V, check_refusal, generate, load, train, trained
+from test_bad_input import IDS, B, D, T, V, X, check_refusal, generate, load, train, trained
 
 import neurogen_cy as ng
 
 ON_CPU = "expected a host array for a model on the cpu backend, got "
-ON_GPU = r"expected a host array \(train_step_batch and backward_batch alone take device arrays.*\), got "
+ON_GPU = r"expected a host array \(this call takes no device arrays\), got "
 
 
 class Shown:
@@ -30,10 +30,10 @@ class Unwilling:
 
 
 class DevicePack:
-    """A DLPack array in CUDA memory (device type 2)."""
+    """A DLPack array in CUDA memory (device type 2) that does not give it."""
 
     def __dlpack__(self, **options):
-        raise AssertionError("a device array must not be asked for its memory")
+        raise BufferError("asked for its memory")
 
     def __dlpack_device__(self):
         return 2, 0
@@ -43,19 +43,21 @@ def host_only(where):
     """Device arrays where only host arrays are taken."""
     device = where + r"an array in CUDA device memory \(Shown\)"
     return {
-        "predictions_out": (train(predictions_out=Shown()), TypeError, device),
-        "out of encode_into": (lambda m: m.embedding.encode_into(IDS, Shown()), TypeError, device),
-        "x": (lambda m: m.brain.step(Shown(shape=(B, D), typestr="<f4")), TypeError, device),
         "broca.o": (load(broca_o=Shown(shape=(B, D), typestr="<f4")), TypeError, device),
         "prompts[0]": (generate([Shown()]), TypeError, device),
-        "ids DLPack on a device": (train(DevicePack()), TypeError, where + "a DLPack array on device type 2"),
+        "prompts[0] DLPack": (generate([DevicePack()]), TypeError, where + "a DLPack array on device type 2"),
     }
 
 
 CPU_CALLS = {
     "ids": (train(Shown()), TypeError, ON_CPU + r"an array in CUDA device memory \(Shown\)"),
     "ids unwilling": (train(Unwilling()), TypeError, ON_CPU + "an array in CUDA device memory"),
+    "ids DLPack": (train(DevicePack()), TypeError, ON_CPU + "a DLPack array on device type 2"),
     "weights": (train(weights=Shown(typestr="<f4")), TypeError, ON_CPU + "an array in CUDA device memory"),
+    "predictions_out": (train(predictions_out=Shown()), TypeError, ON_CPU + "an array in CUDA device memory"),
+    "out": (lambda m: m.embedding.encode_into(IDS, Shown()), TypeError, ON_CPU + "an array in CUDA device memory"),
+    "x": (lambda m: m.brain.step(Shown()), TypeError, ON_CPU + "an array in CUDA device memory"),
+    "stream": (lambda m: m.brain.step(X, stream=1), ValueError, "expected None for a model on the cpu backend, got 1"),
     **host_only(ON_CPU),
 }
 DTYPE = "expected dtype int32 or int64, got "
@@ -79,6 +81,18 @@ GPU_CALLS = {
     "targets shape": (train(targets=Shown(shape=(B, 2))), ValueError, r"expected shape \(2, 3\), got \(2, 2\)"),
     "weights float64": (train(weights=Shown(typestr="<f8")), TypeError, "expected dtype float32, got float64"),
     "resets int32": (train(resets=Shown()), TypeError, "expected dtype bool or uint8, got int32"),
+    "ids DLPack": (train(DevicePack()), TypeError, "got DevicePack: BufferError.*asked for its memory"),
+    "ids of nobody": (train(Shown()), TypeError, "expected memory of device 0, got an address that the driver"),
+    "ids strides": (train(Shown(strides=(4,))), ValueError, r"expected a stride for every axis, got .*\(4,\)"),
+    "ids negative": (train(Shown(shape=(-1, T))), ValueError, r"expected extents of an array .*, got shape \(-1, 3\)"),
+    "ids huge": (train(Shown(shape=(2**40, 2**40))), ValueError, "expected extents of an array in memory, got shape"),
+    "predictions_out read-only": (train(predictions_out=Shown(data=(256, True))), ValueError, "writable.*read-only"),
+    "predictions_out int64": (train(predictions_out=Shown(typestr="<i8")), TypeError, "dtype int32, got int64"),
+    "out float64": (lambda m: m.embedding.encode_into(IDS, Shown(typestr="<f8")), TypeError, "float32, got float64"),
+    "out shape": (lambda m: m.brain.broca_output_into(Shown(typestr="<f4")), ValueError, r"\(2, 32\), got \(2, 3\)"),
+    "x int32": (lambda m: m.brain.step(Shown()), TypeError, "expected dtype float32, got int32"),
+    "stream list": (lambda m: m.brain.step(X, stream=[]), TypeError, "expected None, the address .*, got list"),
+    "stream negative": (lambda m: m.brain.step(X, stream=-1), ValueError, "expected None, the address .*, got -1"),
     **host_only(ON_GPU),
 }
 

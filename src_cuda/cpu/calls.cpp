@@ -51,9 +51,9 @@ void CpuModel::commit_finite() {
   commit();
 }
 
-void CpuModel::step(const float* x, bool hold) {
+void CpuModel::step(const Input& x, bool hold) {
   stage_streams(*state_, spec_.streams, 1, nullptr);
-  stage_rows(x);
+  stage_rows(x.host<float>());
   forward();
   if (!hold) commit_finite();
   held_ = hold;
@@ -95,9 +95,11 @@ int CpuModel::generate(State& state, float* broca, const Sampling& sampling, int
   Tokens said;
   said.streams = state.streams();
   said.tokens = 1;
+  Input rows;
+  rows.data = broca;
   for (int i = 0; i < count; ++i, ++draw.position) {
     int32_t* now = ids + int64_t{i} * said.streams;
-    sample(broca, said.streams, draw, now);
+    sample(rows, said.streams, draw, Output{now});
     said.ids.data = now;
     try {
       advance(state, said, broca);
@@ -108,16 +110,17 @@ int CpuModel::generate(State& state, float* broca, const Sampling& sampling, int
   return count;
 }
 
-void CpuModel::broca_output(float* out) {
+void CpuModel::broca_output(const Output& out) {
   for (int stream = 0; stream < spec_.streams; ++stream) {
     const int64_t at = int64_t{stream} * spec_.dim;
-    normalize((held_ ? o_ : state_->o()) + at, out + at);
+    normalize((held_ ? o_ : state_->o()) + at, out.as<float>() + at);
   }
 }
 
-void CpuModel::encode(const int32_t* ids, int64_t count, float* out) {
+void CpuModel::encode(const Input& ids, int64_t count, const Output& out) {
   for (int64_t i = 0; i < count; ++i) {
-    std::memcpy(out + i * spec_.dim, embedding_ + int64_t{ids[i]} * spec_.dim, sizeof(float) * spec_.dim);
+    const float* row = embedding_ + int64_t{ids.host<int32_t>()[i]} * spec_.dim;
+    std::memcpy(out.as<float>() + i * spec_.dim, row, sizeof(float) * spec_.dim);
   }
 }
 
@@ -128,6 +131,12 @@ void CpuModel::write(void* to, const void* host, size_t bytes) { std::memmove(to
 
 void CpuModel::wait_for(uintptr_t stream) {
   throw std::invalid_argument("stream: expected none, the CPU has no streams, got " + std::to_string(stream));
+}
+
+Place CpuModel::place(const void*) const {
+  Place here;
+  here.known = here.host = true;
+  return here;
 }
 
 }  // namespace neurogen::cpu

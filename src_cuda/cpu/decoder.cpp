@@ -103,8 +103,8 @@ void CpuModel::summarize(const Targets& targets, StepStats* stats) {
   double loss = 0;
   stats->tokens = stats->correct = 0;
   for (int64_t row = 0; row < rows_; ++row) {
-    if (targets.predictions) {
-      targets.predictions[row % streams_ * tokens_ + row / streams_] = row_best_[row];
+    if (targets.predictions.data) {
+      targets.predictions.as<int32_t>()[row % streams_ * tokens_ + row / streams_] = row_best_[row];
     }
     if (target_weights_[row] == 0.0f) continue;
     loss += static_cast<double>(target_weights_[row]) * row_loss_[row];
@@ -116,7 +116,11 @@ void CpuModel::summarize(const Targets& targets, StepStats* stats) {
   stats->finite = std::isfinite(loss) && std::isfinite(stats->homeostasis);
 }
 
-void CpuModel::logits(const float* broca, int64_t rows, float* out) {
+void CpuModel::logits(const Input& broca, int64_t rows, const Output& out) {
+  logits_of(broca.host<float>(), rows, out.as<float>());
+}
+
+void CpuModel::logits_of(const float* broca, int64_t rows, float* out) {
   const int slices = vocab_slices();
 #pragma omp parallel num_threads(workers(rows* spec_.vocab* spec_.dim))
   {
@@ -129,14 +133,14 @@ void CpuModel::logits(const float* broca, int64_t rows, float* out) {
   }
 }
 
-void CpuModel::sample(const float* broca, int64_t rows, const Sampling& sampling, int32_t* ids) {
+void CpuModel::sample(const Input& broca, int64_t rows, const Sampling& sampling, const Output& ids) {
   for (int64_t first = 0; first < rows; first += logit_rows_) {
     const int64_t count = std::min(logit_rows_, rows - first);
-    logits(broca + first * spec_.dim, count, logits_);
+    logits_of(broca.host<float>() + first * spec_.dim, count, logits_);
 #pragma omp parallel for num_threads(workers(count* spec_.vocab* kSampleCost)) schedule(static)
     for (int64_t row = 0; row < count; ++row) {
-      ids[first + row] = draw_token(logits_ + row * spec_.vocab, spec_.vocab, sampling, first + row,
-                                    sort_ids_ + omp_get_thread_num() * int64_t{spec_.vocab});
+      ids.as<int32_t>()[first + row] = draw_token(logits_ + row * spec_.vocab, spec_.vocab, sampling, first + row,
+                                                  sort_ids_ + omp_get_thread_num() * int64_t{spec_.vocab});
     }
   }
 }

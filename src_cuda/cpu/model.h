@@ -72,17 +72,21 @@ class CpuModel final : public Model {
   void advance(State& state, const Tokens&, float* broca) override;
   double evaluate(State& state, const Tokens&, const Input& targets) override;
   int generate(State& state, float* broca, const Sampling&, int count, int32_t* ids) override;
-  void step(const float* x, bool hold) override;
+  void step(const Input& x, bool hold) override;
   void learn_held(const int32_t* ids, const Targets&, const AdamW&, StepStats*) override;
-  void broca_output(float* out) override;
-  void encode(const int32_t* ids, int64_t count, float* out) override;
-  void logits(const float* broca, int64_t rows, float* out) override;
-  void sample(const float* broca, int64_t rows, const Sampling&, int32_t* ids) override;
+  void broca_output(const Output& out) override;
+  void encode(const Input& ids, int64_t count, const Output& out) override;
+  void logits(const Input& broca, int64_t rows, const Output& out) override;
+  void sample(const Input& broca, int64_t rows, const Sampling&, const Output& ids) override;
 
   double rate(int region) const override;
   void recorded(int region, float* u, float* s) const override;
   uintptr_t stream() const override { return 0; }
   void wait_for(uintptr_t stream) override;
+  void hand_over(uintptr_t stream) override { wait_for(stream); }
+  uint64_t mark() override { return ++marks_; }
+  uint64_t passed() override { return marks_; }
+  Place place(const void*) const override;
   Counters counters() const override { return counters_; }
   std::vector<std::pair<std::string, std::string>> execution_plan() const override;
 
@@ -136,6 +140,7 @@ class CpuModel final : public Model {
   // decoder.cpp
   int vocab_slices() const { return static_cast<int>((spec_.vocab + vocab_slice_ - 1) / vocab_slice_); }
   void logits_slice(const float* broca, int64_t rows, int slice, float* out);
+  void logits_of(const float* broca, int64_t rows, float* out);
   void decoder_gradient_slice(int64_t first, int64_t rows, int slice, bool add);
   void broca_gradient_slice(int64_t first, int64_t rows, int slice);
   bool score(bool want_gradient, bool accumulate);
@@ -181,6 +186,7 @@ class CpuModel final : public Model {
   int ranks_ = 0;                     // different levels
   int chunk_limit_ = 0;               // tokens one region may run ahead of the others
   std::unique_ptr<CpuState> state_;
+  uint64_t marks_ = 0;
   int threads_ = 1;
   bool derived_stale_ = true, scan_embedding_rows_ = false;
 

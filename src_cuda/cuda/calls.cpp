@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "model.h"
+#include "ranges.h"
 
 namespace neurogen::cuda {
 
@@ -16,7 +17,7 @@ void require_finite(const Verdict& verdict) {
 }
 
 size_t prediction_bytes(const Targets& targets, int64_t rows) {
-  return targets.predictions ? sizeof(int32_t) * static_cast<size_t>(rows) : 0;
+  return on_host(targets.predictions) ? sizeof(int32_t) * static_cast<size_t>(rows) : 0;
 }
 
 }  // namespace
@@ -27,17 +28,17 @@ void CudaModel::score_and_learn(const Targets& targets, const AdamW* adam, bool 
   stage_targets(targets);
   if (accumulate) {
     score(false, false);
-    summarize(false);
+    summarize({});
     if (!finish(0).ok) {
       report({}, stats);
       return;
     }
   }
   if (!accumulate) clear_embedding_gradient();
-  score(true, accumulate);
-  summarize(targets.predictions != nullptr);
-  learn(accumulate);
-  if (adam) launch_update(*adam);
+  in_range("decoder", [&] { score(true, accumulate); });
+  summarize(targets.predictions);
+  in_range("backward", [&] { learn(accumulate); });
+  if (adam) in_range("optimizer", [&] { launch_update(*adam); });
   commit();
   const Verdict& verdict = finish(prediction_bytes(targets, rows_));
   if (adam && (verdict.ok || !std::isfinite(verdict.squares))) stats->grad_norm = std::sqrt(verdict.squares);
@@ -50,7 +51,7 @@ void CudaModel::run(const Tokens& tokens, const Targets& targets, uint64_t call,
   call_ = call;
   train_dropout_ = spec_.dropout > 0;
   stage(*state_, tokens);
-  forward();
+  in_range("forward", [&] { forward(); });
   score_and_learn(targets, adam, accumulate, stats);
 }
 
@@ -102,14 +103,17 @@ double CudaModel::evaluate(State& state, const Tokens& tokens, const Input& targ
   return verdict.loss;
 }
 
-void CudaModel::step(const float* x, bool hold) {
+// Without `hold` and with x on the device nobody waits: the verdict decides about the commit there.
+void CudaModel::step(const Input& x, bool hold) {
   const OnDevice scope(spec_.device);
   train_dropout_ = false;
+  if (x.device) check_rows(x, spec_.streams, &faults()->bad_x);
   begin(*state_, spec_.streams, 1);
   stage_rows(x);
-  forward();
+  in_range("forward", [&] { forward(); });
   judge(false);
   if (!hold) commit();
+  if (x.device && !hold) return remember_state();
   const Verdict& verdict = finish(0);
   if (!hold) require_finite(verdict);
   held_ = hold;
@@ -127,50 +131,66 @@ void CudaModel::learn_held(const int32_t* ids, const Targets& targets, const Ada
   score_and_learn(targets, &adam, false, stats);
 }
 
-void CudaModel::broca_output(float* out) {
+void CudaModel::broca_output(const Output& out) {
   const OnDevice scope(spec_.device);
   // d_broca_ is free between calls.
   normalize_rows(held_ ? o_ : state_->o(), spec_.streams, d_broca_, nullptr, nullptr);
-  copy_out(out, d_broca_, sizeof(float) * spec_.streams * spec_.dim);
-  wait();
+  give(out, 0, d_broca_, sizeof(float) * spec_.streams * spec_.dim);
+  if (!out.device) settle();
 }
 
-void CudaModel::encode(const int32_t* ids, int64_t count, float* out) {
+void CudaModel::encode(const Input& ids, int64_t count, const Output& out) {
   const OnDevice scope(spec_.device);
-  Input heard;
-  heard.data = ids;
-  encode_rows(static_cast<const int32_t*>(arrive(heard, sizeof(int32_t) * count)), count, dx_);
-  copy_out(out, dx_, sizeof(float) * count * spec_.dim);
-  wait();
+  if (ids.device && !out.device) {  // where there is a wait anyway, nothing is written if an id is wrong
+    check_ids(ids, count);
+    settle();
+  }
+  unheard_ |= ids.device;
+  const char* from = static_cast<const char*>(arrive(ids, static_cast<size_t>(count) * ids.itemsize));
+  if (out.device) {
+    encode_rows(from, ids.itemsize, count, out.as<float>());
+  } else {
+    for (int64_t first = 0; first < count; first += capacity_) {
+      const int64_t some = std::min(capacity_, count - first), row = sizeof(float) * spec_.dim;
+      encode_rows(from + first * ids.itemsize, ids.itemsize, some, dx_);
+      give(out, first * row, dx_, some * row);
+    }
+  }
+  if (!ids.device || !out.device) settle();
 }
 
 // Rows pass through workspace that an open step does not need.
-void CudaModel::logits(const float* broca, int64_t rows, float* out) {
+void CudaModel::logits(const Input& broca, int64_t rows, const Output& out) {
   const OnDevice scope(spec_.device);
+  const size_t row = sizeof(float) * spec_.vocab;
   for_logits(broca, rows, [&](int64_t first, int64_t count, const float* logits) {
-    copy_out(out + first * spec_.vocab, logits, sizeof(float) * count * spec_.vocab);
-    wait();
+    give(out, first * row, logits, count * row);
+    if (!broca.device || !out.device) settle();
   });
 }
 
-void CudaModel::sample(const float* broca, int64_t rows, const Sampling& sampling, int32_t* ids) {
+void CudaModel::sample(const Input& broca, int64_t rows, const Sampling& sampling, const Output& ids) {
   const OnDevice scope(spec_.device);
+  if (broca.device) {
+    check_rows(broca, rows, &faults()->bad_broca);
+    if (!ids.device) settle();  // as in encode()
+  }
   set_draw(sampling);
   for_logits(broca, rows, [&](int64_t first, int64_t count, const float* logits) {
     draw(logits, count, draw_, first, drawn_);
-    copy_out(ids + first, drawn_, sizeof(int32_t) * count);
-    wait();
+    give(ids, sizeof(int32_t) * first, drawn_, sizeof(int32_t) * count);
+    if (!broca.device || !ids.device) settle();
   });
 }
 
-// Calls body(first row, rows, logits [rows, V] on the device) for pieces of host rows that fit.
+// Calls body(first row, rows, logits [rows, V] on the device) for pieces of the caller's rows that fit.
 template <class Body>
-void CudaModel::for_logits(const float* broca, int64_t rows, Body body) {
+void CudaModel::for_logits(const Input& broca, int64_t rows, Body body) {
   refresh_derived();
   const int64_t most = std::min(sampling_rows(), capacity_), dim = spec_.dim;
   for (int64_t first = 0; first < rows; first += most) {
     const int64_t count = std::min(most, rows - first);
-    copy_in(d_broca_, broca + first * dim, sizeof(float) * count * dim);
+    take(d_broca_, broca, sizeof(float) * first * dim, sizeof(float) * count * dim);
     to_real(d_broca_, count * dim, readout_error_);
     float* out = sampling_logits();
     logits_on_device(readout_error_, count, out);

@@ -32,7 +32,8 @@ namespace {
   X(Create)                                                                                                          \
   X(Destroy)                                                                                                         \
   X(GetStatusName)                                                                                                   \
-  X(MatmulDescCreate) X(MatmulDescDestroy) X(MatmulDescSetAttribute) X(MatrixLayoutCreate) X(MatrixLayoutDestroy)    \
+  X(MatmulDescCreate)                                                                                                \
+  X(MatmulDescDestroy) X(MatmulDescSetAttribute) X(MatrixLayoutCreate) X(MatrixLayoutDestroy)                        \
       X(MatmulPreferenceCreate) X(MatmulPreferenceDestroy) X(MatmulPreferenceSetAttribute) X(MatmulAlgoGetHeuristic) \
           X(Matmul)
 

@@ -2,6 +2,7 @@
 
 #include <new>
 
+#include "context.h"
 #include "neurogen/model.h"
 
 namespace neurogen {
@@ -11,10 +12,17 @@ int cuda_device_count() {
   const cudaError_t code = cudaGetDeviceCount(&count);
   if (code != cudaSuccess || count == 0) {
     cudaGetLastError();
-    throw std::runtime_error(std::string("no CUDA device can be used: ") +
-                             (code == cudaSuccess ? "none is visible" : cudaGetErrorString(code)));
+    const char* reason = code == cudaSuccess                   ? "none is visible"
+                         : code == cudaErrorInsufficientDriver ? "no NVIDIA driver, or one too old for this build"
+                                                               : cudaGetErrorString(code);
+    throw std::runtime_error(std::string("no CUDA device can be used: ") + reason);
   }
-  return count;
+  for (int device = 0; device < count; ++device) {
+    int major = 0;
+    NG_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    if (major >= 8) return count;
+  }
+  throw std::runtime_error("no CUDA device can be used: none has compute capability 8.0 or newer");
 }
 
 CudaDevice cuda_device(int device) {
@@ -55,12 +63,16 @@ void check(cudaError_t code, const char* expression, const char* file, int line)
   throw CudaError(code, expression, file, line);
 }
 
-OnDevice::OnDevice(int device) {
-  NG_CUDA(cudaGetDevice(&before_));
-  if (before_ != device) NG_CUDA(cudaSetDevice(device));
+OnDevice::OnDevice(int device) : before_(current_context()), own_(primary_context(device)) {
+  if (before_ != own_) set_current_context(own_);
 }
 
-OnDevice::~OnDevice() { cudaSetDevice(before_); }
+OnDevice::~OnDevice() {
+  try {
+    if (before_ != own_) set_current_context(before_);
+  } catch (const std::runtime_error&) {  // the context that was current is gone
+  }
+}
 
 DeviceMemory device_memory(size_t bytes) {
   void* memory = nullptr;

@@ -8,6 +8,8 @@
 #include <stdexcept>
 #include <string>
 
+struct CUctx_st;
+
 namespace neurogen::cuda {
 
 // what(): CUDA's text, the expression, file and line.
@@ -25,7 +27,7 @@ class CudaError : public std::runtime_error {
 void check(cudaError_t code, const char* expression, const char* file, int line);
 #define NG_CUDA(expression) ::neurogen::cuda::check((expression), #expression, __FILE__, __LINE__)
 
-// Makes a device current for a scope. Every entry of the library holds one.
+// Makes a device's primary context current for a scope. Every entry of the library holds one.
 class OnDevice {
  public:
   explicit OnDevice(int device);
@@ -34,7 +36,7 @@ class OnDevice {
   OnDevice& operator=(const OnDevice&) = delete;
 
  private:
-  int before_ = 0;
+  CUctx_st *before_, *own_;
 };
 
 // Destructors ignore errors: the context may be gone at exit.

@@ -98,9 +98,11 @@ struct Summary {
 
 __global__ void summarize_kernel(Summary p) {
   __shared__ double room[32];
+  // A call that is refused writes nothing, where the caller's own memory is written right here.
+  const bool deliver = p.predictions && !p.verdict->faulty && !p.verdict->bad_id && !p.verdict->bad_weight;
   double loss = 0, correct = 0, tokens = 0;
   for (int64_t row = threadIdx.x; row < p.rows; row += blockDim.x) {
-    if (p.predictions) p.predictions[row % p.streams * p.tokens + row / p.streams] = p.best[row];
+    if (deliver) p.predictions[row % p.streams * p.tokens + row / p.streams] = p.best[row];
     if (p.weights[row] == 0.0f) continue;
     loss += static_cast<double>(p.weights[row]) * p.losses[row];
     tokens += 1;
@@ -117,7 +119,7 @@ __global__ void summarize_kernel(Summary p) {
   v.homeostasis = p.rate_weight * gaps;
   v.tokens = static_cast<long long>(tokens);
   v.correct = static_cast<long long>(correct);
-  v.ok = !v.bad_id && !v.bad_weight && !v.state_not_finite && !v.loss_not_finite && isfinite(loss) &&
+  v.ok = !v.faulty && !v.bad_id && !v.bad_weight && !v.state_not_finite && !v.loss_not_finite && isfinite(loss) &&
          isfinite(v.homeostasis);
 }
 
@@ -129,15 +131,18 @@ __global__ void judge_kernel(const float* losses, int64_t rows, Verdict* verdict
   loss = block_sum(loss, room);
   if (threadIdx.x > 0) return;
   verdict->loss = loss;
-  verdict->ok = !verdict->bad_id && !verdict->state_not_finite;
+  verdict->ok = !verdict->faulty && !verdict->bad_id && !verdict->state_not_finite;
   verdict->heard += verdict->ok;
 }
 
-__global__ void set_verdict_kernel(Verdict* verdict, bool ok, bool state_not_finite) {
+__global__ void set_verdict_kernel(Verdict* verdict, const Faults* faults, bool ok, bool state_not_finite) {
   *verdict = Verdict{};
-  verdict->ok = ok;
+  verdict->faulty = faults->bad_id || faults->bad_x || faults->bad_broca || faults->state_not_finite;
+  verdict->ok = ok && !verdict->faulty;
   verdict->state_not_finite = state_not_finite;
 }
+
+__global__ void set_draw_kernel(Draw* to, Draw draw) { *to = draw; }
 
 // One block: ids [rows] become draw number `kept` of [.., rows].
 __global__ void keep_drawn_kernel(const int32_t* ids, int64_t rows, Draw* draw, int32_t* drawn) {
@@ -210,7 +215,7 @@ void CudaModel::begin(CudaState& state, int streams, int tokens) {
 }
 
 void CudaModel::set_verdict(bool ok, bool state_not_finite) {
-  set_verdict_kernel<<<1, 1, 0, stream_.get()>>>(verdict_, ok, state_not_finite);
+  set_verdict_kernel<<<1, 1, 0, stream_.get()>>>(verdict_, faults_, ok, state_not_finite);
   launched();
 }
 
@@ -246,21 +251,6 @@ void CudaModel::gather_rows() {
   launched();
 }
 
-// out [count, D] = embedding rows of ids in device memory.
-void CudaModel::encode_rows(const int32_t* ids, int64_t count, float* out) {
-  gather_rows_kernel<<<static_cast<int>(count), 128, 0, stream_.get()>>>(embedding_, ids, int64_t{spec_.dim}, out);
-  launched();
-}
-
-// x: host rows [S, D] in place of embedded ids.
-void CudaModel::stage_rows(const float* x) {
-  const size_t bytes = sizeof(float) * rows_ * spec_.dim;
-  char* room = pinned(bytes);
-  std::memcpy(room, x, bytes);
-  copy_in(dx_, room, bytes);
-  to_real(dx_, rows_ * spec_.dim, x_);
-}
-
 void CudaModel::stage_targets(const Targets& targets) {
   const size_t count = static_cast<size_t>(rows_);
   const void* ids = arrive(targets.ids, count * targets.ids.itemsize);
@@ -276,14 +266,17 @@ void CudaModel::stage_targets(const Targets& targets) {
   launched();
 }
 
-void CudaModel::summarize(bool want_predictions) {
+void CudaModel::summarize(const Output& predictions) {
   const int regions = static_cast<int>(regions_.size());
   measure_rates_kernel<<<regions, 1024, 0, stream_.get()>>>(region_views_, static_cast<double>(rows_),
                                                             spec_.rate_target, region_part_, rate_sums_);
   launched();
   summarize_kernel<<<1, 1024, 0, stream_.get()>>>({rows_, call_streams_, call_tokens_, regions, target_weights_,
                                                    row_loss_, target_ids_, row_best_, region_part_, spec_.rate_weight,
-                                                   want_predictions ? predictions_ : nullptr, verdict_});
+                                                   predictions.device ? predictions.as<int32_t>()
+                                                   : predictions.data ? predictions_
+                                                                      : nullptr,
+                                                   verdict_});
   launched();
 }
 
@@ -314,7 +307,7 @@ const Verdict& CudaModel::finish(size_t extra_bytes) {
   const size_t bytes = sizeof(Verdict) + sizeof(double) * regions_.size() + extra_bytes;
   char* room = pinned(bytes);
   copy_out(room, verdict_, bytes);
-  wait();
+  settle();
   result_ = room;
   const Verdict& verdict = *reinterpret_cast<const Verdict*>(room);
   if (verdict.bad_id) {
@@ -333,10 +326,8 @@ const Verdict& CudaModel::finish(size_t extra_bytes) {
 }
 
 void CudaModel::set_draw(const Sampling& sampling) {
-  const Draw draw{sampling, 0};
-  char* room = pinned(sizeof(Draw));
-  std::memcpy(room, &draw, sizeof(Draw));
-  copy_in(draw_, room, sizeof(Draw));
+  set_draw_kernel<<<1, 1, 0, stream_.get()>>>(draw_, Draw{sampling, 0});  // by value: nothing to keep until it is read
+  launched();
 }
 
 void CudaModel::keep_drawn() {
@@ -353,7 +344,9 @@ void CudaModel::report(const Targets& targets, StepStats* stats) {
   stats->correct = verdict.correct;
   stats->finite = verdict.ok;
   rates_.assign(rates, rates + regions_.size());
-  if (targets.predictions) std::memcpy(targets.predictions, rates + regions_.size(), sizeof(int32_t) * rows_);
+  if (on_host(targets.predictions)) {
+    std::memcpy(targets.predictions.data, rates + regions_.size(), sizeof(int32_t) * rows_);
+  }
 }
 
 }  // namespace neurogen::cuda

@@ -2,10 +2,14 @@
 // host compiler alone. Shape letters: spec.h.
 //
 // Pointers of a call are contiguous, never null unless said, never aliasing each other, and host memory unless an
-// Input says otherwise. A Model is used by one thread at a time; the binding refuses a second one.
+// Input or Output says otherwise. A Model is used by one thread at a time; the binding refuses a second one.
 // Errors: std::invalid_argument (bad argument), std::out_of_range (token id in device memory), std::overflow_error
 // (neuron state not finite), std::bad_alloc, std::runtime_error (CUDA). A call that throws leaves weights, moments
 // and neuron state as they were.
+// Calls return when their work is done, but step() without hold, broca_output(), encode(), logits() and sample() with
+// nothing but device arrays: these return when it is on the model's stream. What only the device can see (an id out of
+// range, values or a state that are not finite) is then thrown by the next call that waits, and until that has
+// happened no call changes weights, moments or neuron state.
 #pragma once
 
 #include <cstddef>
@@ -63,6 +67,24 @@ struct Input {
   }
 };
 
+// An array that a call writes, of the host or of the model's device.
+struct Output {
+  void* data = nullptr;  // null = not wanted
+  bool device = false;
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(data);
+  }
+};
+
+// Where memory is, as far as the driver knows.
+struct Place {
+  bool known = false, host = false;
+  int device = -1;
+  bool own_context = true;  // false: of another context than the device's primary one, where models live
+  int64_t bytes = -1;       // from the address to the end of its allocation, -1 = not known
+};
+
 // Tokens of one call. Layout [S, T], as the user has it.
 struct Tokens {
   int streams = 0;  // S
@@ -78,8 +100,8 @@ struct Targets {
   Input ids;      // every id in [0, V)
   Input weights;  // float; not given = ones
   Normalize normalize = Normalize::sum;
-  double divisor = -1.0;           // >= 0 replaces the sum of weights
-  int32_t* predictions = nullptr;  // out, host, may be null: most probable token
+  double divisor = -1.0;  // >= 0 replaces the sum of weights
+  Output predictions;     // int32, may be null: most probable token
 };
 
 struct AdamW {
@@ -139,30 +161,36 @@ class Model {
   // Advances `state` and adds up unweighted cross-entropy (nats) over all S*T tokens.
   virtual double evaluate(State& state, const Tokens&, const Input& targets) = 0;
   // `count` times: draws a token per stream from broca [S, D] (positions sampling.position, + 1, ...) and advances
-  // `state` by it. ids: out, [count, S]; broca: in, and out when all went well. Returns how many tokens the state heard:
-  // fewer than `count` where it would not have stayed finite after the next one.
+  // `state` by it. ids: out, [count, S]; broca: in, and out when all went well. Returns how many tokens the state
+  // heard: fewer than `count` where it would not have stayed finite after the next one.
   virtual int generate(State& state, float* broca, const Sampling&, int count, int32_t* ids) = 0;
 
   // One token whose embedding the caller brings: x [B, D]. With hold = true the step stays open (state not
   // committed) until learn_held(), so that a token-by-token loop can learn from the very step it ran (without dropout).
-  virtual void step(const float* x, bool hold) = 0;
+  virtual void step(const Input& x, bool hold) = 0;
   virtual void learn_held(const int32_t* ids, const Targets&, const AdamW&, StepStats*) = 0;
   // The Broca output of the last step or call on the model's own state: [B, D].
-  virtual void broca_output(float* out) = 0;
+  virtual void broca_output(const Output& out) = 0;
 
-  virtual void encode(const int32_t* ids, int64_t count, float* out) = 0;                    // [count, D]
-  virtual void logits(const float* broca, int64_t rows, float* out) = 0;                     // [rows, D] -> [rows, V]
-  virtual void sample(const float* broca, int64_t rows, const Sampling&, int32_t* ids) = 0;  // -> [rows]
+  // [count, D]; count <= B*max_tokens for ids of the host. A device id out of range makes a row of NaN.
+  virtual void encode(const Input& ids, int64_t count, const Output& out) = 0;
+  virtual void logits(const Input& broca, int64_t rows, const Output& out) = 0;  // [rows, D] -> [rows, V]
+  virtual void sample(const Input& broca, int64_t rows, const Sampling&, const Output& ids) = 0;  // -> [rows]
 
   // Mean firing rate of a region in the last training call; copies of its u and s, [T, S, n].
   virtual double rate(int region) const = 0;
   virtual void recorded(int region, float* u, float* s) const = 0;
 
   // The model's own CUDA stream (0 on the CPU). Device arrays are ready for it once wait_for() was called with the
-  // stream that writes them (1 = the legacy default stream, 2 = the per-thread default stream, else a cudaStream_t);
-  // nobody waits on the host.
+  // stream that works on them (1 = the legacy default stream, 2 = the per-thread default stream, else a cudaStream_t);
+  // hand_over() makes that stream wait for what this model was asked so far. Nobody waits on the host.
   virtual uintptr_t stream() const = 0;
   virtual void wait_for(uintptr_t stream) = 0;
+  virtual void hand_over(uintptr_t stream) = 0;
+  // Numbers (1, 2, ..) what this model was asked so far; the highest number of which all is done, without waiting.
+  virtual uint64_t mark() = 0;
+  virtual uint64_t passed() = 0;
+  virtual Place place(const void* memory) const = 0;
 
   virtual Counters counters() const = 0;
   // How this model runs on this machine, for people: name and value.

@@ -2,14 +2,14 @@
 # Everything that needs a GPU, on a machine that has one: builds in place, tests, checks memory accesses and races,
 # measures.
 #
-#   benchmarks/device.sh [build] [tests] [sanitizer] [train_step] [quality]      no stage named: all of them
+#   benchmarks/device.sh [build] [tests] [sanitizer] [train_step] [ladder] [quality]      no stage named: all of them
 #
 # A stage that fails does not stop the next one; a table of what came of each is printed last, and the exit status tells
 # whether all went well. Records go to benchmarks/results, and copies of them, with the log, to the folder $OUT if set.
 #   PYTHON           the interpreter (python3)
-#   NEUROGEN_TEXT    the text that stage `quality` learns
+#   NEUROGEN_TEXT    the text that stage `quality` learns, and `ladder` (Python's help topics if unset)
 #   NEUROGEN_COMMIT  the commit, where there is no git
-#   TEST_OPTIONS, TRAIN_STEP_OPTIONS, QUALITY_OPTIONS   further options of those stages
+#   TEST_OPTIONS, TRAIN_STEP_OPTIONS, LADDER_OPTIONS, QUALITY_OPTIONS   further options of those stages
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -43,8 +43,8 @@ sanitize() {
 }
 
 for name in "${@:-all}"; do
-  case $name in all | build | tests | sanitizer | train_step | quality) ;; *)
-    echo "unknown stage $name: expected build, tests, sanitizer, train_step or quality" >&2
+  case $name in all | build | tests | sanitizer | train_step | ladder | quality) ;; *)
+    echo "unknown stage $name: expected build, tests, sanitizer, train_step, ladder or quality" >&2
     exit 2
     ;;
   esac
@@ -72,6 +72,10 @@ if wanted train_step; then
   # shellcheck disable=SC2086
   stage train_step 240 "$python" benchmarks/train_step.py ${TRAIN_STEP_OPTIONS:-}
 fi
+if wanted ladder; then
+  # shellcheck disable=SC2086
+  stage ladder 180 "$python" benchmarks/ladder.py --backend cuda ${LADDER_OPTIONS:-}
+fi
 if wanted quality; then
   # shellcheck disable=SC2086
   stage quality 240 "$python" benchmarks/quality.py gpu --data "${NEUROGEN_TEXT:-no text in NEUROGEN_TEXT}" \
@@ -79,7 +83,8 @@ if wanted quality; then
 fi
 
 if [[ -n ${OUT:-} ]]; then
-  for record in gpu_tests train_step quality_gpu; do
+  [[ -f docs/ladder.png ]] && cp docs/ladder.png "$OUT/"
+  for record in gpu_tests train_step ladder quality_gpu; do
     [[ -f $results/$record.json ]] && cp "$results/$record.json" "$OUT/"
   done
 fi

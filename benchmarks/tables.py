@@ -1,4 +1,4 @@
-"""Puts the records of results/ into the tables of README.md and benchmarks/README.md, between their markers."""
+"""Puts the records of results/ into the tables of the READMEs and of docs/FROM_10.md, between their markers."""
 
 import json
 from pathlib import Path
@@ -103,11 +103,81 @@ def quality_gpu():
     )
 
 
+def ladder_run(backend):
+    """(what was measured, {(rung, T): row}) of one backend; FileNotFoundError where it was not."""
+    data = record("ladder")
+    if backend not in data["runs"]:
+        raise FileNotFoundError(f"no rows of backend {backend} in ladder.json")
+    rows = {(row["rung"], row["T"]): row for row in data["rows"] if row["backend"] == backend}
+    return data, data["runs"][backend], rows
+
+
+def known(value, form, unit=""):
+    return "" if value is None else f"{value:{form}}{unit}"
+
+
+def ladder_rungs(backend):
+    """Tokens/s of every rung, and what a sequence costs the host."""
+    _, run, rows = ladder_run(backend)
+    lengths = sorted({T for _, T in rows})
+    told = 500 if 500 in lengths else lengths[-1]
+    body = []
+    for rung in sorted({rung for rung, _ in rows}):
+        row = rows[rung, told]
+        body.append([
+            f"{rung}. {row['name']}", *(f"{rows[rung, T]['tok_s']:,.0f}" for T in lengths), f"{row['syncs']:,.0f}",
+            f"{row['launches']:,.0f}", known(row["array_allocs"], ",.0f"), known(row["native_allocs"], ",.0f"),
+            known(row["python_allocs"], ",.0f"), known(row["host_alloc_bytes"], ",.0f"),
+            f"{row['cpu_percent']:.0f}", known(row["gpu_percent"], ".0f"),
+        ])  # fmt: skip
+    head = ["rung", *(f"T = {T:,}, tokens/s" for T in lengths), "syncs", "launches", "array buffers", "native",
+            "Python", "bytes in all", "CPU, % of a core", "GPU busy, %"]  # fmt: skip
+    steady, where = run["steady"], run["gpu"] if backend == "cuda" else run["processor"]
+    busy = known(steady["gpu_percent"], ".0f", " % of the time")
+    return table(head, body) + (
+        f"\n\nPreset `{run['preset']}`, {run['precision']}, one stream, {where}, commit {run['commit']}. From `syncs` "
+        f"on: of a sequence of {told:,} tokens; allocations by hooks. Loops that take longer than "
+        f"{run['row_seconds']:g} s are measured over fewer tokens. Consecutive batched steps of {steady['B']} x "
+        f"{steady['T']}: {steady['tok_s']:,.0f} tokens/s, host CPU {steady['cpu_percent']:.0f} % of one core"
+        + (f", GPU busy {busy}." if busy else ".")
+    )
+
+
+def ladder_time(backend="cuda", T=500):
+    """The rows of the user's tables: today, promised, the original, and what is measured."""
+    data, run, rows = ladder_run(backend)
+    where = run["gpu"] if backend == "cuda" else run["processor"]
+    report = data["report"]
+    quoted = [report[name] for name in ("today", "promised", "original")]
+    measured = [{**rows[rung, T], **rows[rung, T]["time"]} for rung in range(4)]
+    lines = (
+        ("synchronisation", "s", "{:,.4g}"), ("allocation", "s", "{:,.3g}"), ("copying", "s", "{:,.3g}"),
+        ("brain_decoder", "s", "{:,.3g}"), ("learning", "s", "{:,.3g}"), ("python", "s", "{:,.3g}"),
+        ("seconds", "s", "{:,.4g}"), ("tok_s", "tokens/s", "{:,.0f}"), ("cpu_percent", "% of a core", "{:.0f}"),
+        ("gpu_percent", "%", "{:.0f}"), ("host_alloc_bytes", "bytes", "{:,.0f}"),
+    )  # fmt: skip
+    names = {"brain_decoder": "brain and decoder (GPU processing)", "python": "the loop itself", "seconds": "in all",
+             "tok_s": "speed", "cpu_percent": "host CPU", "gpu_percent": "GPU busy",
+             "host_alloc_bytes": "allocated on the host"}  # fmt: skip
+    body = []
+    for key, unit, form in lines:
+        cells = [column.get(key) for column in (*quoted, *measured)]
+        body.append([f"{names.get(key, key)}, {unit}", *("" if cell is None else form.format(cell) for cell in cells)])
+    head = [f"{T} tokens", "today (reported)", "promised (reported)", "the original, H200",
+            *(f"rung {rung}" for rung in range(4))]  # fmt: skip
+    return table(head, body) + (
+        f"\n\nThe first three columns are quoted: {quoted[0]['source']}; {quoted[2]['source']}. The others are "
+        f"measured: preset `{run['preset']}`, {where}, commit {run['commit']}."
+    )
+
+
 def main():
     makers = {
-        "cpu": cpu, "answer": answer, "quality": quality, "train_step": train_step, "quality_gpu": quality_gpu
+        "cpu": cpu, "answer": answer, "quality": quality, "train_step": train_step, "quality_gpu": quality_gpu,
+        "ladder_cuda": lambda: ladder_rungs("cuda"), "ladder_cpu": lambda: ladder_rungs("cpu"),
+        "ladder_time": ladder_time,
     }  # fmt: skip
-    for path in (HERE.parent / "README.md", HERE / "README.md"):
+    for path in (HERE.parent / "README.md", HERE / "README.md", HERE.parent / "docs" / "FROM_10.md"):
         text = path.read_text()
         for name, make in makers.items():
             marks = f"<!-- {name} -->", f"<!-- /{name} -->"

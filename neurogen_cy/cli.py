@@ -1,4 +1,4 @@
-"""The command line `neurogen`: train, eval, generate, info."""
+"""The command line `neurogen`: train, eval, generate, info, diagnose."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from neurogen_cy.cli_common import (
     stream_text,
     usage_errors,
 )
+from neurogen_cy.cli_diagnose import diagnose
 from neurogen_cy.cli_train import STREAMS, TOKENS, train
 from neurogen_cy.config import Config
 from neurogen_cy.data import evaluation_streams, split
@@ -38,6 +39,7 @@ def main() -> None:
 
 
 main.add_command(train)
+main.add_command(diagnose)
 
 
 @main.command("eval")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from numbers import Real
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neurogen_cy import backend as backends
-from neurogen_cy import evaluation, generation, persistence, token_loop
+from neurogen_cy import evaluation, generation, persistence, profiling, token_loop
 from neurogen_cy.config import Config
 from neurogen_cy.connectome import initial_parameters
 from neurogen_cy.optimizer import AdamW
@@ -119,6 +119,8 @@ class NeuroGen:
         self.step = 0
         self.calls = 0  # training calls made; keys dropout
         self.skipped = 0
+        self._trainings = self._trained_tokens = 0  # for `profile`
+        self._token_buffers = token_loop.Buffers(self.streams, config.dim)
         self._lock = threading.Lock()
 
     @contextmanager
@@ -144,6 +146,7 @@ class NeuroGen:
         lr: float | None = None,
         predictions_out: Any = None,
         record: bool = False,
+        stream: Any = None,
     ) -> StepResult:
         """One optimizer step on B streams of T tokens, in one native call.
 
@@ -163,9 +166,11 @@ class NeuroGen:
             Gets the most probable token at every position.
         record : bool
             Keep membrane and spikes of this call for `recorded`.
+        stream : int or stream object, optional
+            The stream that works on device arrays, where it is not the one they name, or the default one.
 
-        On a GPU, ids, targets, weights and resets may be device arrays (`__cuda_array_interface__`). Their values are
-        checked where they are read, so a wrong one raises when the call ends, and changes nothing either.
+        On a GPU all arrays may be device arrays (docs/INTEROP.md). Their values are checked where they are read, so a
+        wrong one raises when the call ends, and changes nothing either.
 
         Raises
         ------
@@ -176,7 +181,8 @@ class NeuroGen:
         """
         with self._alone():
             return self._train(
-                ids, targets, weights, resets, normalize, None, predictions_out, record, self._update(lr), False
+                ids, targets, weights, resets, normalize, None, predictions_out, record, self._update(lr), False,
+                stream,
             )
 
     def backward_batch(
@@ -191,6 +197,7 @@ class NeuroGen:
         divisor: float | None = None,
         predictions_out: Any = None,
         record: bool = False,
+        stream: Any = None,
     ) -> StepResult:
         """`train_step_batch` without the update: advances state and fills `gradients()`.
 
@@ -199,13 +206,17 @@ class NeuroGen:
         """
         with self._alone():
             return self._train(
-                ids, targets, weights, resets, normalize, divisor, predictions_out, record, None, bool(accumulate)
+                ids, targets, weights, resets, normalize, divisor, predictions_out, record, None, bool(accumulate),
+                stream,
             )
 
-    def optimizer_step(self, lr: float | None = None) -> float:
-        """AdamW on the gradients as they stand; returns their norm before clipping. They are not cleared."""
+    def optimizer_step(self, lr: float | None = None, *, stream: Any = None) -> float:
+        """AdamW on the gradients as they stand; returns their norm before clipping. They are not cleared.
+
+        `stream` is where they were last written through device views, if it is not the default stream.
+        """
         with self._alone():
-            norm, finite = self._engine.update(self._update(lr))
+            norm, finite = self._engine.update(self._update(lr), stream)
             self._guard(finite, f"gradient norm {norm}")
             self.step += bool(finite)
             return float(norm)
@@ -219,20 +230,23 @@ class NeuroGen:
             raise ValueError(f"lr: expected a step size within float32, got {arguments[0]!r}")
         return arguments
 
-    def train_step(self, ids: Any, targets: Any) -> StepResult:
-        """The user's loop, token by token: copies, a decision on the host and an update for every single token.
+    def train_step(self, ids: Any, targets: Any, *, copies: bool = True) -> StepResult:
+        """The user's loop, token by token: a decision on the host and an update for every single token.
 
         Kept to be measured against `train_step_batch`; it learns, with T = 1 (no credit through time). Dropout is
-        not applied. Every token is an update of its own: a non-finite one keeps those before it.
+        not applied. Every token is an update of its own: a non-finite one keeps those before it. With `copies` the
+        embedding, Broca's output and the word said are new arrays for every token; without, they are written into
+        arrays that the model keeps for it, and the same bits are learnt.
         """
-        return token_loop.train_step(self, ids, targets)
+        return token_loop.train_step(self, ids, targets, token_loop.COPIES if copies else token_loop.BUFFERS)
 
     def _train(
         self, ids: Any, targets: Any, weights: Any, resets: Any, normalize: str, divisor: float | None,
-        predictions_out: Any, record: bool, adam: tuple[Any, ...] | None, accumulate: bool,
+        predictions_out: Any, record: bool, adam: tuple[Any, ...] | None, accumulate: bool, stream: Any,
     ) -> StepResult:
         result, finite = self._result(self._engine.train(
-            ids, targets, weights, resets, normalize, divisor, predictions_out, record, self.calls, adam, accumulate
+            ids, targets, weights, resets, normalize, divisor, predictions_out, record, self.calls, adam, accumulate,
+            stream,
         ))
         if adam is None:
             result = replace(result, grad_norm=None)
@@ -243,6 +257,8 @@ class NeuroGen:
 
     def _result(self, statistics: tuple[Any, ...]) -> tuple[StepResult, bool]:
         loss, homeostasis, correct, tokens, grad_norm, finite, rates = statistics
+        self._trainings += 1
+        self._trained_tokens += tokens
         names = (region.name for region in self.config.regions)
         result = StepResult(loss, homeostasis, correct / tokens if tokens else 0.0, tokens, grad_norm,
                             dict(zip(names, rates)))
@@ -319,7 +335,7 @@ class NeuroGen:
     def gradients(self) -> dict[str, Any]:
         """{key: writable zero-copy view} of every trainable tensor's gradient, the embedding's dense.
 
-        Whoever writes into device memory finishes (synchronises the stream) before the next call of the model.
+        Whoever writes into device memory on another stream than the default one names it in the next call (`stream`).
         """
         return dict(self._engine.gradients())
 
@@ -343,6 +359,13 @@ class NeuroGen:
     def counters(self) -> dict[str, int]:
         """Launches, synchronisations, bytes copied each way and allocations of the native library so far."""
         return dict(self._engine.counters())
+
+    def profile(self) -> AbstractContextManager[profiling.Profile]:
+        """Measure a stretch of your own program: `with model.profile() as p: ...`, then `print(p)`.
+
+        Gives what `counters` grew by, wall time, CPU time, and training calls with their tokens: a `profiling.Profile`.
+        """
+        return profiling.profile(self)
 
     @property
     def execution_plan(self) -> dict[str, str]:

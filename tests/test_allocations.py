@@ -2,72 +2,82 @@
 
 import gc
 import json
-import os
-import shutil
 import subprocess
 import sys
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import neurogen_cy as ng
+from neurogen_cy import allocations
 
-HOOK = Path(__file__).with_name("allocation_hook.c")
-STEPS = 100
+STEPS = 30
 
 COUNT = f"""
-import ctypes, json, sys
+import json, sys
 import numpy as np, neurogen_cy as ng
+from neurogen_cy.allocations import Counting
 
-hook = ctypes.CDLL(None)
-def counted(body):
-    out = (ctypes.c_long * 2)()
-    hook.allocation_hook_start(b"_cpu.")
-    body()
-    hook.allocation_hook_stop(out)
-    return list(out)
-
+counting = Counting("neurogen_cy/_cpu.")
 cfg = ng.Config.preset("tiny", dropout=0.1)
 threads = int(sys.argv[1])
 rng = np.random.default_rng(0)
 ids = rng.integers(0, 256, (16, 32)).astype(np.int32)
 resets = rng.random(ids.shape) < 0.05
 predictions = np.empty_like(ids)
-models = []
+models, kept = [], []
 def build():
     models.append(ng.NeuroGen(cfg, backend="cpu", streams=16, max_tokens=32, threads=threads))
-built = counted(build)
+built = counting.counted(build)
+x, o = np.empty((16, 32, cfg.dim), np.float32), np.empty((16, cfg.dim), np.float32)
 def train(steps):
     for _ in range(steps):
         models[0].train_step_batch(ids, ids, resets=resets, predictions_out=predictions)
         models[0].embedding.encode_into(ids, x)
         models[0].brain.broca_output_into(o)
-x, o = np.empty((16, 32, cfg.dim), np.float32), np.empty((16, cfg.dim), np.float32)
 train(5)
 before = models[0].counters["host_allocations"]
-control = counted(lambda: bytearray(1 << 24))
-print(json.dumps({{"built": built, "control": control, "trained": counted(lambda: train({STEPS})),
-                  "counter": models[0].counters["host_allocations"] - before}}))
+print(json.dumps({{
+    "built": built,
+    "nothing": counting.counted(lambda: None),
+    "bytes": counting.counted(lambda: kept.append(bytearray(1 << 24))),
+    "arrays": counting.counted(lambda: kept.extend((np.empty(4, np.float32), np.zeros(1 << 20, np.float32)))),
+    "encoded": counting.counted(lambda: models[0].embedding.encode_into(ids, x)),
+    "trained": counting.counted(lambda: train({STEPS})),
+    "counter": models[0].counters["host_allocations"] - before,
+}}))
 """
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_no_native_allocation_in_a_step(tmp_path, threads):
-    compiler = shutil.which("gcc") or shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler to build the allocation hook with")
-    library = tmp_path / "allocation_hook.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, HOOK, "-ldl"], check=True)
-    environment = {**os.environ, "LD_PRELOAD": str(library)}
+    try:
+        environment = allocations.environment(tmp_path)
+    except allocations.Unavailable as reason:
+        pytest.skip(str(reason))
     command = [sys.executable, "-c", COUNT, str(threads)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     counts = json.loads(run.stdout)
-    assert counts["built"][0] >= 2, "the hook must see the arenas of a model being built"
-    assert counts["control"] == [0, 1], "the hook must see an allocation of the interpreter, and whose it is"
-    assert counts["trained"][0] == 0
+    assert counts["built"]["native_allocs"] >= 2, "the hooks must see the arenas of a model being built"
+    assert set(counts["nothing"].values()) == {0}, "counting itself must not be counted"
+    assert counts["bytes"]["python_bytes"] >= 1 << 24 and counts["bytes"]["all_native_allocs"] == 0
+    assert (counts["arrays"]["array_allocs"], counts["arrays"]["array_bytes"]) == (2, 16 + (4 << 20))
+    rows = 16 * 32  # embeddings, each copied by one memcpy
+    assert (counts["encoded"]["copies"], counts["encoded"]["copied_bytes"]) == (rows, rows * 128 * 4)
+    trained = counts["trained"]
+    assert trained["native_allocs"] == 0 and trained["array_allocs"] == 0
+    assert trained["python_allocs"] >= STEPS, "a step's result is an object at least"
     assert counts["counter"] == 0
+
+
+def test_counting_needs_the_hooks(tmp_path, monkeypatch):
+    with pytest.raises(allocations.Unavailable, match="not started with the allocation hooks"):
+        allocations.Counting("neurogen_cy/_cpu.")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(allocations.Unavailable, match="no C compiler"):
+        allocations.environment(tmp_path)
 
 
 def test_python_heap_does_not_grow():

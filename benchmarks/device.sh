@@ -29,16 +29,18 @@ stage() {
   summary+=("$(printf '%-22s %-10s %4d s' "$name" "$( ((status)) && echo "exit $status" || echo ok)" $((SECONDS - begin)))")
 }
 
-# sanitize TOOL OPTIONS...: that tool of compute-sanitizer over the reduced suite; its summary goes to sanitizer.txt.
+# sanitize TOOL [--quick]: that tool of compute-sanitizer over the reduced suite; its summary goes to sanitizer.txt.
 sanitize() {
-  local tool=$1 status
+  local tool=$1 status watched=()
   shift
-  compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 "$@" "$python" tests/sanitizer_suite.py \
-    >"/tmp/sanitizer_$tool.log" 2>&1
+  # A kernel that another one of a library feeds must not look uninitialised, so the other tools watch every kernel.
+  [[ $tool == racecheck || $tool == synccheck ]] && watched=(--kernel-name kns=neurogen)
+  compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 "${watched[@]}" \
+    "$python" tests/sanitizer_suite.py "$@" >"/tmp/sanitizer_$tool.log" 2>&1
   status=$?
   grep -v 'suite finished\|SUMMARY' "/tmp/sanitizer_$tool.log" | head -60
   { echo "$tool $*: exit $status"; grep 'suite finished\|SUMMARY' "/tmp/sanitizer_$tool.log"; } |
-    tee -a "${OUT:-$results}/sanitizer.txt"
+    tee -a "$results/sanitizer.txt"
   grep -q 'suite finished' "/tmp/sanitizer_$tool.log" && return "$status"
 }
 
@@ -61,12 +63,10 @@ if wanted tests; then
   stage tests 480 "$python" tests/gpu_record.py -v ${TEST_OPTIONS:-}
 fi
 if wanted sanitizer; then
-  rm -f "${OUT:-$results}/sanitizer.txt"
+  rm -f "$results/sanitizer.txt"
   export -f sanitize
   export python results
-  # A kernel that another one of a library feeds must not look uninitialised, so those two tools watch every kernel.
-  for tool in memcheck initcheck; do stage "$tool" 200 bash -c "sanitize $tool"; done
-  for tool in racecheck synccheck; do stage "$tool" 200 bash -c "sanitize $tool --kernel-regex kns=neurogen"; done
+  for tool in memcheck initcheck synccheck "racecheck --quick"; do stage "$tool" 200 bash -c "sanitize $tool"; done
 fi
 if wanted train_step; then
   # shellcheck disable=SC2086
@@ -83,9 +83,8 @@ if wanted quality; then
 fi
 
 if [[ -n ${OUT:-} ]]; then
-  [[ -f docs/ladder.png ]] && cp docs/ladder.png "$OUT/"
-  for record in gpu_tests train_step ladder quality_gpu; do
-    [[ -f $results/$record.json ]] && cp "$results/$record.json" "$OUT/"
+  for record in gpu_tests.json train_step.json ladder.json quality_gpu.json sanitizer.txt; do
+    [[ -f $results/$record ]] && cp "$results/$record" "$OUT/"
   done
 fi
 printf '\n'

@@ -7,6 +7,7 @@ Writes benchmarks/results/gpu_tests.json. A GPU that cannot be used is a failure
 
 import glob
 import hashlib
+import importlib.metadata
 import os
 import sys
 import time
@@ -29,6 +30,16 @@ def sources_sha256():
     for path in sorted(files):
         digest.update(path.encode() + b"\0" + (ROOT / path).read_bytes())
     return digest.hexdigest()
+
+
+def libraries():
+    """{name: version} of those whose arrays the tests exchange with ours; null where one is absent."""
+    found = {}
+    for distribution in importlib.metadata.distributions():
+        name = (distribution.metadata["Name"] or "").lower()
+        if name in ("numpy", "torch", "numba", "numba-cuda", "pycuda", "nvidia-cublas") or name.startswith("cupy"):
+            found[name] = distribution.version
+    return {**dict.fromkeys(("torch", "numba", "pycuda")), **dict(sorted(found.items()))}
 
 
 class Outcomes:
@@ -63,6 +74,7 @@ def main(options):
         "options": options,
         "seconds": round(time.perf_counter() - begin, 1),
         "sources_sha256": hashed,
+        "libraries": libraries(),
         **common.gpu(),
     })
     print(", ".join(f"{count} {name}" for name, count in outcomes.counts.items()))

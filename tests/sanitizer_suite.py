@@ -1,15 +1,19 @@
 """A few small models through every kind of call, for compute-sanitizer, which makes kernels a hundred times slower.
 
-    compute-sanitizer --tool memcheck --error-exitcode 9 python tests/sanitizer_suite.py
+    compute-sanitizer --tool memcheck --error-exitcode 9 python tests/sanitizer_suite.py [--quick]
 
 Reduced to: three regions with gates, delays, dropout and sparse blocks, odd V; 3 streams x 5 tokens (tied and not,
 graded and binary spikes) and 33 x 2 in groups of 16; both precisions; training, gradients accumulated, the
 token-by-token loop, evaluation, generation by every kind of sampling, arrays in device memory, read and written, with
 and without a wrong id (where CuPy is installed), a checkpoint saved and loaded.
+
+--quick, for racecheck: it keeps every access to shared memory since the last barrier, and the brain launch has one
+barrier in all. Two models of 2 streams x 3 tokens, one training step each, an evaluation, two tokens drawn.
 """
 
 import dataclasses
 import os
+import sys
 import tempfile
 from itertools import product
 from pathlib import Path
@@ -84,6 +88,21 @@ def from_device_memory(model, tokens):
     raise AssertionError("a wrong id was taken")
 
 
+def glance(model):
+    """One of each kind of launch."""
+    assert np.isfinite(model.train_step_batch(*batch(0, model.streams, 3)).loss)
+    ids, targets = np.random.default_rng(1).integers(0, V, (2, 2, 3), np.int32)
+    assert 0 < model.evaluate(ids, targets) < 100
+    said = list(model.generate([ids[0], ids[1]], 2, seed=3, top_k=5, top_p=0.7))
+    assert len(said) == 2 and all((tokens >= 0).all() and (tokens < V).all() for tokens in said)
+
+
+def quick():
+    for precision in ("fp32", "bf16"):
+        glance(ng.NeuroGen(BRAINS["plain"], streams=2, max_tokens=3, backend="cuda", precision=precision))
+    print("suite finished: quick, plain fp32 and bf16 2 x 3")
+
+
 def main():
     done = []
     for streams, tokens, group, names in ((3, 5, None, tuple(BRAINS)), (33, 2, "16", ("plain",))):
@@ -103,4 +122,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    quick() if "--quick" in sys.argv[1:] else main()

@@ -81,6 +81,14 @@ def test_large_vocabulary(make, temperature, top_k, top_p):
     assert check(m, broca, 2**64 - 1, 2**64 - 1, temperature, top_k, top_p) <= 5
 
 
+def test_a_top_p_that_keeps_every_token_changes_no_draw(make):
+    """The kept tokens are walked by id even where finding them put them in order of probability."""
+    m, broca = make(9), outputs(M)
+    almost = np.nextafter(np.float32(1), np.float32(0)).item()  # of which nine such tokens leave nothing out
+    options = {"temperature": 3.0, "seed": 4, "position": 2}
+    assert np.array_equal(draw(m, broca, top_p=almost, **options), draw(m, broca, **options))
+
+
 def test_draws_do_not_depend_on_threads_and_grouping(make):
     broca = outputs(700)
     expected = draw(make(67), broca, seed=3)

@@ -10,7 +10,7 @@
 namespace neurogen::cuda {
 namespace {
 
-constexpr int kScanThreads = 64;
+constexpr int kScanThreads = 32;
 constexpr int kFewStreams = 8;
 constexpr int kScanAhead = 8;  // tokens whose inputs are loaded before they are needed
 
@@ -37,12 +37,13 @@ __global__ void readout_adjoint_kernel(const float* error, const float* kappa, c
   const float keep = kappa[channel];
   out += channel / kBlock * stride + stream * kBlock + channel % kBlock;
   float carry = 0;
-  for (int last = tokens - 1; last >= 0; last -= kScanAhead) {
-    float ahead[kScanAhead];
+  constexpr int kAhead = 32;  // tokens whose error is loaded before it is needed
+  for (int last = tokens - 1; last >= 0; last -= kAhead) {
+    float ahead[kAhead];
 #pragma unroll
-    for (int i = 0; i < kScanAhead; ++i) ahead[i] = error[max(last - i, 0) * step + at];
+    for (int i = 0; i < kAhead; ++i) ahead[i] = error[max(last - i, 0) * step + at];
 #pragma unroll
-    for (int i = 0; i < kScanAhead; ++i) {
+    for (int i = 0; i < kAhead; ++i) {
       const int token = last - i;
       if (token < 0) break;
       const float adjoint = ahead[i] + carry;
@@ -86,28 +87,33 @@ struct Scan {
 
 // N neighbouring neurons of one stream, from the last token to the first: two where there are streams enough, for wider
 // loads (a warp then takes 32 neurons of two streams); one where it takes every warp to fill the GPU. blockIdx.x: tile.
-template <class Real, int N>
+// Single: one stream, so that a token's place is known to the compiler: a third of the instructions, which is what a
+// level costs where a multiprocessor has two warps. Resets: there are some.
+template <class Real, int N, bool Single, bool Resets>
 __global__ void __launch_bounds__(kScanThreads) scan_adjoint_kernel(Scan p) {
   constexpr int kPerTile = kBlock / N;
+  constexpr int kTogether = N == 1 ? kScanAhead : 1;  // tokens whose own part is computed before the recurrence
   const int stream = blockIdx.y * (kScanThreads / kPerTile) + threadIdx.x / kPerTile;
   if (stream >= p.streams) return;
   const TileName name = p.tiles[p.first_tile + blockIdx.x];
   const RegionView& region = p.regions[name.region];
   const int lane = threadIdx.x % kPerTile * N, neuron = name.offset + lane;
   const int64_t panel = name.offset / kBlock * region.stride;
-  const int64_t step = int64_t{p.streams} * kBlock, first = panel + stream * kBlock + lane;
-  const Real* u_at = static_cast<const Real*>(region.u) + first;
-  Real* delta_at = static_cast<Real*>(region.delta) + first;
-  Real* d_at = static_cast<Real*>(region.d) + first;
-  Real* g_at = static_cast<Real*>(region.g) + first;
+  const int64_t first = panel + stream * kBlock + lane;
+  const int step = Single ? kBlock : p.streams * kBlock;
+  const Real* u_at = in_global<Real>(region.u) + first;
+  Real* delta_at = in_global<Real>(region.delta) + first;
+  Real* d_at = in_global<Real>(region.d) + first;
+  Real* g_at = in_global<Real>(region.g) + first;
   const bool gated = region.gated;
 
   const double rows = static_cast<double>(p.streams) * p.tokens;
-  float alpha[N], gain[N], rho[N], a[N], b[N], rate[N], lv[N] = {}, lw[N] = {}, dbias[N] = {};
+  float alpha[N], leak[N], gain[N], rho[N], a[N], b[N], rate[N], lv[N] = {}, lw[N] = {}, dbias[N] = {};
   const float* constants = region.constants + name.offset * 5 + lane;
 #pragma unroll
   for (int j = 0; j < N; ++j) {
-    alpha[j] = constants[j], gain[j] = constants[kBlock + j], rho[j] = constants[2 * kBlock + j];
+    alpha[j] = constants[j], leak[j] = alpha[j] - 1.0f, gain[j] = constants[kBlock + j],
+    rho[j] = constants[2 * kBlock + j];
     a[j] = constants[3 * kBlock + j], b[j] = constants[4 * kBlock + j];
     const double own = region.spike_count[neuron + j] / rows;
     rate[j] = static_cast<float>(p.rate_weight * 2.0 * (own - p.rate_target) / (region.n * rows));
@@ -120,49 +126,63 @@ __global__ void __launch_bounds__(kScanThreads) scan_adjoint_kernel(Scan p) {
   const auto fetch = [&](Inputs& in, int from) {
 #pragma unroll
     for (int i = 0; i < kScanAhead; ++i) {
-      const int64_t at = max(from - i, 0) * step;  // before the first token: read again, not used
+      const int at = (Single ? from - i : max(from - i, 0)) * step;  // before the first token: read, not used
       in.u[i] = fetch_few<N>(u_at + at);
       in.signal[i] = fetch_few<N>(delta_at + at);
       if (gated) in.drive[i] = fetch_few<N>(d_at + at), in.gate[i] = fetch_few<N>(g_at + at);
-      in.cut[i] = p.resets && p.resets[int64_t{max(from - i, 0)} * p.streams + stream];
+      in.cut[i] = Resets && p.resets[max(from - i, 0) * p.streams + stream];
     }
   };
+  // With lw as it is after its own step, lv = alpha lv + a lw + (L + b lw) slope + rate psi is
+  // lv = (alpha lv + base) + pull lw, where base and pull depend on no other token.
   const auto work = [&](const Inputs& in, int from) {
 #pragma unroll
-    for (int i = 0; i < kScanAhead; ++i) {
-      if (from - i < 0) break;
-      const int64_t at = (from - i) * step;
-      float deltas[N], drive_errors[N], gate_errors[N];
+    for (int begin = 0; begin < kScanAhead; begin += kTogether) {
+      float base[kTogether][N], pull[kTogether][N];
 #pragma unroll
-      for (int j = 0; j < N; ++j) {
-        const float u = in.u[i].get(j);
-        const float distance = 1.0f + p.surrogate_k * fabsf(u), psi = __fdividef(1.0f, distance * distance);
-        float slope = psi;
-        if (p.graded) {
-          slope = psi * fminf(1.0f + fmaxf(u, 0.0f), p.max_spike);
-          if (u > 0 && 1.0f + u < p.max_spike) slope += 1.0f;
+      for (int i = 0; i < kTogether; ++i) {
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+          const float u = in.u[begin + i].get(j);
+          const float distance = fmaf(p.surrogate_k, fabsf(u), 1.0f), psi = reciprocal(distance * distance);
+          float slope = psi;
+          if (p.graded) {
+            slope = psi * fminf(1.0f + fmaxf(u, 0.0f), p.max_spike);
+            if (u > 0 && 1.0f + u < p.max_spike) slope += 1.0f;
+          }
+          base[i][j] = fmaf(in.signal[begin + i].get(j), slope, rate[j] * psi);
+          pull[i][j] = fmaf(b[j], slope, a[j]);
         }
-        lw[j] = rho[j] * lw[j] - (1.0f - alpha[j]) * lv[j];
-        const float ls = in.signal[i].get(j) + b[j] * lw[j];
-        lv[j] = alpha[j] * lv[j] + a[j] * lw[j] + ls * slope + rate[j] * psi;
-        float delta = gain[j] * lv[j];
-        deltas[j] = delta;
-        if (gated) {
-          const float gate = in.gate[i].get(j);
-          delta *= gate;
-          drive_errors[j] = delta;
-          gate_errors[j] = delta * in.drive[i].get(j) * (1.0f - 0.5f * gate);
-        }
-        dbias[j] += delta;
-        if (in.cut[i]) lv[j] = lw[j] = 0.0f;  // nothing flows to the token before a reset
       }
-      const auto store = [&](Real* to, const float (&values)[N]) {
-        Few<Real, N> out;
-        out.set(values);
-        store_few<N>(to + at, out);
-      };
-      store(delta_at, deltas);
-      if (gated) store(g_at, drive_errors), store(d_at, gate_errors);
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const int k = begin + i;
+        if (from - k < 0) break;
+        const int at = (from - k) * step;
+        float deltas[N], drive_errors[N], gate_errors[N];
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+          lw[j] = fmaf(rho[j], lw[j], leak[j] * lv[j]);
+          lv[j] = fmaf(pull[i][j], lw[j], fmaf(alpha[j], lv[j], base[i][j]));
+          float delta = gain[j] * lv[j];
+          deltas[j] = delta;
+          if (gated) {
+            const float gate = in.gate[k].get(j);
+            delta *= gate;
+            drive_errors[j] = delta;
+            gate_errors[j] = delta * in.drive[k].get(j) * fmaf(-0.5f, gate, 1.0f);
+          }
+          dbias[j] += delta;
+          if (Resets && in.cut[k]) lv[j] = lw[j] = 0.0f;  // nothing flows to the token before a reset
+        }
+        const auto store = [&](Real* to, const float (&values)[N]) {
+          Few<Real, N> out;
+          out.set(values);
+          store_few<N>(to + at, out);
+        };
+        store(delta_at, deltas);
+        if (gated) store(g_at, drive_errors), store(d_at, gate_errors);
+      }
     }
   };
   Inputs one, other;
@@ -225,8 +245,14 @@ void CudaModel::learn_level(int level) {
     launched();
     const int each = call_streams_ <= kFewStreams ? 1 : 2, streams = kScanThreads * each / kBlock;
     const dim3 grid(count, (call_streams_ + streams - 1) / streams);
-    (each == 1 ? scan_adjoint_kernel<Real, 1>
-               : scan_adjoint_kernel<Real, 2>)<<<grid, kScanThreads, 0, stream_.get()>>>(scan);
+    const auto walk = [&](auto resets) {
+      constexpr bool kResets = decltype(resets)::value;
+      const auto kernel = call_streams_ == 1 ? scan_adjoint_kernel<Real, 1, true, kResets>
+                          : each == 1        ? scan_adjoint_kernel<Real, 1, false, kResets>
+                                             : scan_adjoint_kernel<Real, 2, false, kResets>;
+      kernel<<<grid, kScanThreads, 0, stream_.get()>>>(scan);
+    };
+    has_resets_ ? walk(std::true_type{}) : walk(std::false_type{});
     launched();
   });
 }

@@ -55,8 +55,8 @@ struct BlockWeights<float> {
   __device__ void load(const void* block) { at = static_cast<const float*>(block) + lane_receiver() * 32; }
 };
 
-// Eight rows of 32 sources as a lane needs them. load() takes what is there; look() and settle() read spikes that other
-// blocks of threads may still have to write (brain.cuh).
+// Eight rows of 32 sources as a lane needs them. load() takes what is there; look() and what follows it read spikes
+// that other blocks of threads may still have to write (brain.cuh).
 template <class Real>
 struct Sources;
 
@@ -86,12 +86,8 @@ struct Sources<bf16> {
     if (static_cast<int>(threadIdx.x % 32 / 4) < rows) raw = peek(own(from));
   }
   __device__ bool missing() const { return absent(raw); }
-  // Waits until all that look() asked for is there; patient: leaves the memory to others between two looks.
-  __device__ void settle(const bf16* from, bool patient) {
-    while (__any_sync(0xffffffffu, missing())) {
-      if (patient) __nanosleep(100);
-      if (missing()) raw = peek(own(from));
-    }
+  __device__ void look_again(const bf16* from) {
+    if (missing()) raw = peek(own(from));
   }
   // Silences row g where `keep` is false (each lane passes the flag of its own row g).
   __device__ void mask(bool keep) {
@@ -108,10 +104,8 @@ struct Sources<float> {
     mine = static_cast<int>(threadIdx.x % 32 / 4) < rows;
   }
   __device__ void look(const float* from, int rows) { load(from, rows); }
-  // Cannot tell without looking again.
-  __device__ bool missing() const { return true; }
   // The lanes of row g wait for it: 8t .. 8t+7 each.
-  __device__ void settle(const float* from, bool) {
+  __device__ void settle(const float* from) {
     const float* own = from + threadIdx.x % 32 * 8;
     while (__any_sync(0xffffffffu, mine && (absent(peek(own)) || absent(peek(own + 4))))) {
     }

@@ -12,6 +12,8 @@
 // beforehand.
 #pragma once
 
+#include <cuda_pipeline.h>
+
 #include "block_product.cuh"
 #include "dropout.cuh"
 #include "model.h"
@@ -34,7 +36,9 @@ struct BrainCall {
   int streams, tokens, levels, stream_group, region_count, base_grid;
   int table_bytes;   // of shared memory before the resident blocks
   int slots;         // resident blocks of a share at most
-  bool local_state;  // past, w and spike counts live in shared memory, after the resident blocks
+  bool local_state;  // past, w and spike counts stay in shared memory, after the resident blocks; else there is room
+                     // for what a warp works on, v and w are in global memory, and count_spikes_kernel counts
+  bool prefetch;     // weights that are not resident do not stay in the L2 cache either
   float max_spike;   // 1 where spikes are binary
   Dropout dropout;
 };
@@ -54,44 +58,132 @@ template <int Cells>
 struct LocalState {
   float4 past[Cells][32], w[Cells][32];
   int4 count[32];
+  int turn, unused[3];
 };
 
-// min(1+u, 1) = 1 for u > 0: a binary spike.
-__device__ inline float emit(float u, float max_spike) { return u > 0 ? fminf(1.0f + u, max_spike) : 0.0f; }
+// Of v = 1 + u; min(v, 1) = 1 for u > 0, a binary spike.
+__device__ inline float emit(float v, float max_spike) { return v > 1.0f ? fminf(v, max_spike) : 0.0f; }
 
 __device__ inline float past_of(float v, float w, float s, float alpha) {
   return fmaf(alpha, v, -s) - fmaf(-alpha, w, w);
 }
 
 // 2 sigmoid(x). The fast form is good to 1e-6, far below a bf16 gate's rounding.
-__device__ inline float gate_of(float x, bf16) { return __fdividef(2.0f, 1.0f + __expf(-x)); }
+__device__ inline float gate_of(float x, bf16) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(-1.442695041f * x));
+  return reciprocal(fmaf(0.5f, power, 0.5f));
+}
 __device__ inline float gate_of(float x, float) { return 2.0f / (1.0f + expf(-x)); }
 
 // Four spikes for others to read, eight bytes at a time. Never reordered behind a later wait, and never the bits that
 // mean "not yet": no arithmetic gives them.
-__device__ inline void speak4(bf16* to, float4 x) {
-  const Four<bf16> out = pack<bf16>(x);
-  const uint64_t bits = uint64_t{out.raw.y} << 32 | out.raw.x;
+__device__ inline void speak4(bf16* to, const Four<bf16>& x) {
+  const uint64_t bits = uint64_t{x.raw.y} << 32 | x.raw.x;
   asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to), "l"(bits));
 }
-__device__ inline void speak4(float* to, float4 x) {
+__device__ inline void speak4(float* to, const Four<float>& x) {
   const auto two = [](float low, float high) { return uint64_t{__float_as_uint(high)} << 32 | __float_as_uint(low); };
-  asm volatile("st.relaxed.gpu.global.v2.b64 [%0], {%1,%2};" ::"l"(to), "l"(two(x.x, x.y)), "l"(two(x.z, x.w)));
+  asm volatile("st.relaxed.gpu.global.v2.b64 [%0], {%1,%2};" ::"l"(to), "l"(two(x.raw.x, x.raw.y)),
+               "l"(two(x.raw.z, x.raw.w)));
 }
 
 __device__ inline void as_array(float (&to)[4], float4 x) { to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w; }
+
+// Waits until all that was asked for is there, asking for what is missing together; patient: leaves the memory to
+// others between two looks.
+template <int Ahead, int Steps>
+__device__ void settle(Sources<bf16> (&sources)[Ahead][Steps], const bf16* const (&from)[Ahead], int, bool patient) {
+  const auto missing = [&] {
+    bool out = false;
+#pragma unroll
+    for (int j = 0; j < Ahead; ++j) {
+#pragma unroll
+      for (int i = 0; i < Steps; ++i) out |= sources[j][i].missing();
+    }
+    return out;
+  };
+#pragma unroll 1
+  while (__any_sync(0xffffffffu, missing())) {
+    if (patient) __nanosleep(100);
+#pragma unroll
+    for (int j = 0; j < Ahead; ++j) {
+#pragma unroll
+      for (int i = 0; i < Steps; ++i) sources[j][i].look_again(from[j] + i * kStepValues);
+    }
+  }
+}
+template <int Ahead, int Steps>
+__device__ void settle(Sources<float> (&sources)[Ahead][Steps], const float* const (&from)[Ahead], int count, bool) {
+  for (int j = 0; j < count; ++j) {
+    for (int i = 0; i < Steps; ++i) sources[j][i].settle(from[j] + i * kStepValues);
+  }
+}
+
+// v and w of earlier tokens on their way from memory to where run_tile() keeps past and w.
+template <int Steps, int Columns>
+__device__ void recall(const BrainCall& call, const StateView& state, int64_t n, int neuron, int token, int stream0,
+                       int left, LocalState<Steps * Columns>& local) {
+  const int lane = threadIdx.x % 32;
+  local.count[lane] = {0, 0, 0, 0};
+#pragma unroll
+  for (int i = 0; i < Steps; ++i) {
+#pragma unroll
+    for (int c = 0; c < Columns; ++c) {
+      const int stream = stream0 + min(i * kRows + lane_row() + c, left - 1), at = i * Columns + c;
+      const int64_t cell = stream * n + neuron;
+      __pipeline_memcpy_async(&local.past[at][lane], (token ? state.next_v : state.v) + cell, sizeof(float4));
+      __pipeline_memcpy_async(&local.w[at][lane], (token ? state.next_w : state.w) + cell, sizeof(float4));
+    }
+  }
+  __pipeline_commit();
+}
+
+// An item goes from warp to warp, a token each, so that all warps have the same share of the work: `turn` counts the
+// tokens that are done, and the warp that has the next one waits for it.
+__device__ inline void pass_on(int& turn, int next) {
+  __syncwarp();
+  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(&turn));
+  if (threadIdx.x % 32 == 0) asm volatile("st.release.cta.shared.s32 [%0], %1;" ::"r"(at), "r"(next) : "memory");
+}
+__device__ inline void take_over(const int& turn, int own) {
+  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(&turn));
+  int now;
+  do {
+    asm volatile("ld.acquire.cta.shared.s32 %0, [%1];" : "=r"(now) : "r"(at) : "memory");
+  } while (now != own);
+  __syncwarp();
+}
+
+// Brings all weights of a tile on their way at once, where they come from far away.
+template <class Real>
+__device__ void prefetch_weights(const BrainCall& call, const BrainTables<Real>& tables, const BrainTile& tile) {
+  constexpr int kLines = kBlockArea * sizeof(Real) / 128;
+  const int lane = threadIdx.x % 32;
+  for (int i = tile.terms[0] * kLines + lane; i < tile.terms[3] * kLines; i += 32) {
+    const Term& term = tables.terms[i / kLines];
+    if (term.slot < call.slots) continue;
+    const char* line = static_cast<const char*>(call.weights) + (int64_t{term.block} * kLines + i % kLines) * 128;
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+  }
+}
 
 // Rows beyond `left` are computed as well, from spare rows or those of the next token, and not written.
 // Plain: neither resets nor dropout, whose code would crowd the instruction cache.
 template <class Real, int Steps, int Columns, bool Plain>
 __device__ void run_tile(const BrainCall& call, const BrainTables<Real>& tables, const BrainTile& tile, int token,
-                         int stream0, int left, LocalState<Steps * Columns>* local) {
+                         int stream0, int left, LocalState<Steps * Columns>& local) {
   constexpr int kAhead = Steps == 1 ? 6 : 3;  // terms whose spikes are asked for before the first is used
   const int lane = threadIdx.x % 32;
-  const int64_t row0 = int64_t{token} * call.streams + stream0, first = (row0 + lane_row()) * kBlock + lane_receiver();
+  const int row0 = token * call.streams + stream0, first = (row0 + lane_row()) * kBlock + lane_receiver();
   const bool last = token == call.tokens - 1, gated = tile.gated;
-  Real *const d = static_cast<Real*>(tile.d) + first, *const g = static_cast<Real*>(tile.g) + first;
-  const auto own = [&](int i, int c) { return i * kRows + lane_row() + c < left; };
+  Real *const d = in_global<Real>(tile.d) + first, *const g = in_global<Real>(tile.g) + first;
+  bool own[Steps][Columns];
+#pragma unroll
+  for (int i = 0; i < Steps; ++i) {
+#pragma unroll
+    for (int c = 0; c < Columns; ++c) own[i][c] = i * kRows + lane_row() + c < left;
+  }
   // Calls body(step, column of Sums, offset from the lane's first row) for the lane's rows.
   const auto for_rows = [&](auto body) {
 #pragma unroll
@@ -112,7 +204,7 @@ __device__ void run_tile(const BrainCall& call, const BrainTables<Real>& tables,
 #pragma unroll
   for (int i = 0; i < Steps; ++i) zero(sums[i]);
   for_rows([&](int i, int c, int offset) {
-    take(i, c, load4((gated ? g : d) + offset));
+    take(i, c, load4(in_global<Real>(gated ? g : d) + offset));
     if (gated) kept[i][c] = fetch4(d + offset);
   });
   int age[Steps] = {};
@@ -126,7 +218,7 @@ __device__ void run_tile(const BrainCall& call, const BrainTables<Real>& tables,
   // The next token's drive and gate were written long ago: far away by now. 128 bytes a lane.
   constexpr int kLine = 128 / sizeof(Real), kLines = (Columns == 1 ? 1 : Steps * kRows) * kBlock / kLine;
   if (!last && lane < max(kLines, 1)) {
-    const int64_t next = (row0 + call.streams) * kBlock + lane * kLine;
+    const int next = (row0 + call.streams) * kBlock + lane * kLine;
     asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const Real*>(tile.d) + next));
     if (gated) asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const Real*>(tile.g) + next));
   }
@@ -138,43 +230,45 @@ __device__ void run_tile(const BrainCall& call, const BrainTables<Real>& tables,
           pack<Real>({gate_of(x.x, Real{}), gate_of(x.y, Real{}), gate_of(x.z, Real{}), gate_of(x.w, Real{})});
       take(i, c, unpack<Real>(kept[i][c]));
       kept[i][c] = gate;
-      if (own(i, c)) *reinterpret_cast<Four<Real>*>(g + offset) = gate;
+      if (own[i][c]) put4(g + offset, gate);
     });
   };
   const auto close_drives = [&] {
     for_rows([&](int i, int c, int offset) {
       const float4 x = give(i, c), gate = unpack<Real>(kept[i][c]);
-      if (own(i, c)) store4(d + offset, x);
+      const Four<Real> drive = pack<Real>(x);
+      if (own[i][c]) put4(d + offset, drive);
       take(i, c, {x.x * gate.x, x.y * gate.y, x.z * gate.z, x.w * gate.w});
     });
   };
   const auto source_of = [&](const Term& term) {
-    int64_t row = int64_t{token - term.delay} * call.streams + stream0;
-    const Real* base = static_cast<const Real*>(term.source);
-    if (row < stream0) {  // spoken in an earlier call: [K, S] rows, newest first
-      base = static_cast<const Real*>(tables.states[term.region].recent);
+    int64_t row = (token - term.delay) * call.streams + stream0;
+    const void* base = term.source;
+    if (token < term.delay) {  // spoken in an earlier call: [K, S] rows, newest first
+      base = tables.states[term.region].recent;
       row = (int64_t{term.panel} * tables.regions[term.region].history + (term.delay - 1 - token)) * call.streams +
             stream0;
     }
-    return base + row * kBlock;
+    return in_global<const Real>(const_cast<void*>(base)) + row * kBlock;
   };
-  // Kinds in turn: gates, drives, delayed. One copy of the code, run three times.
-#pragma unroll 1
-  for (int kind = gated ? 0 : 1; kind < 3; ++kind) {
-#pragma unroll 1
-    for (int at = tile.terms[kind]; at < tile.terms[kind + 1]; at += kAhead) {
-      const int count = min(kAhead, tile.terms[kind + 1] - at);
-      Sources<Real> sources[kAhead][Steps];
+  // Terms lie kind after kind: gates, drives, delayed. Those of all kinds are asked for at once, and used kind by kind.
+  int kind = gated ? 0 : 1, at = tile.terms[kind], used = at;
+  do {
+    const int count = min(kAhead, tile.terms[3] - at);
+    const Real* from[kAhead];
+    Sources<Real> sources[kAhead][Steps];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      if (j < count) from[j] = source_of(tables.terms[at + j]);
+#pragma unroll
+      for (int i = 0; i < Steps; ++i) sources[j][i].look(from[j] + i * kStepValues, j < count ? left - i * kRows : 0);
+    }
+    settle(sources, from, count, Steps > 1);
+    for (;;) {
+      const int end = min(tile.terms[kind + 1], at + count);
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {
-        if (j >= count) break;
-        const Real* from = source_of(tables.terms[at + j]);
-#pragma unroll
-        for (int i = 0; i < Steps; ++i) sources[j][i].look(from + i * kStepValues, left - i * kRows);
-      }
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        if (j >= count) break;
+        if (at + j < used || at + j >= end) continue;
         const Term& term = tables.terms[at + j];
         BlockWeights<Real> block;
         if (term.slot < call.slots) {
@@ -182,94 +276,92 @@ __device__ void run_tile(const BrainCall& call, const BrainTables<Real>& tables,
         } else {
           block.load(static_cast<const Real*>(call.weights) + int64_t{term.block} * kBlockArea);
         }
-        bool missing = false;
-#pragma unroll
-        for (int i = 0; i < Steps; ++i) missing |= sources[j][i].missing();
-        if (__any_sync(0xffffffffu, missing)) {
-          const Real* from = source_of(term);
-#pragma unroll
-          for (int i = 0; i < Steps; ++i) sources[j][i].settle(from + i * kStepValues, Steps > 1);
-        }
 #pragma unroll
         for (int i = 0; i < Steps; ++i) {
           if (!Plain && call.resets && term.delay) sources[j][i].mask(age[i] >= term.delay);
           multiply_add(sums[i], block, sources[j][i]);
         }
       }
+      used = end;
+      if (end < tile.terms[kind + 1] || kind == 2) break;
+      if (gated) {
+        if (kind == 0) close_gates();
+        if (kind == 1) close_drives();
+      }
+      ++kind;
     }
-    if (!gated) continue;
-    if (kind == 0) close_gates();
-    if (kind == 1) close_drives();
-  }
+    at += count;
+  } while (at < tile.terms[3]);
 
   float alpha[4], gain[4], rho[4], a[4], b[4];
-  const float* constants = tile.constants + lane_receiver();
+  const float* constants = in_global<const float>(const_cast<float*>(tile.constants)) + lane_receiver();
   as_array(alpha, load4(constants)), as_array(gain, load4(constants + kBlock));
   as_array(rho, load4(constants + 2 * kBlock)), as_array(a, load4(constants + 3 * kBlock));
   as_array(b, load4(constants + 4 * kBlock));
-  Real *const s_at = static_cast<Real*>(tile.s) + first, *const u_at = static_cast<Real*>(tile.u) + first;
-  const auto spike_of = [&](float v) { return rounded<Real>(emit(v - 1.0f, call.max_spike)); };
+  Real *const s_at = in_global<Real>(tile.s) + first, *const u_at = in_global<Real>(tile.u) + first;
+  const bool remember = last || !call.local_state, recalled = token == 0 || !call.local_state;
+  if (recalled) __pipeline_wait_prior(0);
   bool sound = true;
-  int spoken[4] = {};
+  int spoken[4];
+  *reinterpret_cast<int4*>(spoken) = local.count[lane];
   for_rows([&](int i, int c, int offset) {
+    const int at = i * Columns + c, stream = i * kRows + lane_row() + c;
     float past[4], w[4], v[4], u[4], s[4];
-    const StateView& state = tables.states[tile.region];
-    const int stream = stream0 + min(i * kRows + lane_row() + c, left - 1), at = (i * Columns + c);
-    const int64_t cell = int64_t{stream} * tables.regions[tile.region].n + tile.offset + lane_receiver();
-    if (local && token) {
-      as_array(past, local->past[at][lane]), as_array(w, local->w[at][lane]);
-    } else {
-      as_array(v, load4((token ? state.next_v : state.v) + cell));
-      as_array(w, load4((token ? state.next_w : state.w) + cell));
+    as_array(past, local.past[at][lane]), as_array(w, local.w[at][lane]);
+    if (recalled) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) past[j] = past_of(v[j], w[j], spike_of(v[j]), alpha[j]);
+      for (int j = 0; j < 4; ++j) {
+        past[j] = past_of(past[j], w[j], rounded<Real>(emit(past[j], call.max_spike)), alpha[j]);
+      }
     }
-    if (!Plain && call.resets && call.resets[int64_t{token} * call.streams + stream]) {
+    if (!Plain && call.resets && own[i][c] && call.resets[row0 + stream]) {
       as_array(past, float4{0, 0, 0, 0}), as_array(w, float4{0, 0, 0, 0});
     }
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       v[j] = fmaf(gain[j], sums[i].x[j][c], past[j]);
       u[j] = v[j] - 1.0f;
-      s[j] = spike_of(v[j]);
-      w[j] = fmaf(rho[j], w[j], fmaf(a[j], v[j], b[j] * s[j]));
-      if (own(i, c)) spoken[j] += u[j] > 0;
+      s[j] = emit(v[j], call.max_spike);
+      spoken[j] += own[i][c] && s[j] > 0;
     }
-    if (own(i, c)) {
-      speak4(s_at + offset, {s[0], s[1], s[2], s[3]});
-      if (!Plain && tile.emitted != tile.s) {
-        const float4 mask = dropout_mask(call.dropout, tile.region, tile.offset + lane_receiver(), token, stream);
-        speak4(static_cast<Real*>(tile.emitted) + first + offset,
-               {s[0] * mask.x, s[1] * mask.y, s[2] * mask.z, s[3] * mask.w});
-      }
-      store4(u_at + offset, {u[0], u[1], u[2], u[3]});
+    const Four<Real> spikes = pack<Real>({s[0], s[1], s[2], s[3]}), distances = pack<Real>({u[0], u[1], u[2], u[3]});
+    as_array(s, unpack<Real>(spikes));
+    if (own[i][c]) {
+      speak4(s_at + offset, spikes);
+      put4(u_at + offset, distances);
     }
-    if (local && !last) {
+    if (!Plain && tile.emitted != tile.s && own[i][c]) {
+      const float4 mask =
+          dropout_mask(call.dropout, tile.region, tile.offset + lane_receiver(), token, stream0 + stream);
+      speak4(static_cast<Real*>(tile.emitted) + first + offset,
+             pack<Real>({s[0] * mask.x, s[1] * mask.y, s[2] * mask.z, s[3] * mask.w}));
+    }
 #pragma unroll
-      for (int j = 0; j < 4; ++j) past[j] = past_of(v[j], w[j], s[j], alpha[j]);
-      local->past[at][lane] = {past[0], past[1], past[2], past[3]};
-      local->w[at][lane] = {w[0], w[1], w[2], w[3]};
-    } else if (own(i, c)) {
+    for (int j = 0; j < 4; ++j) {
+      w[j] = fmaf(rho[j], w[j], fmaf(a[j], v[j], b[j] * s[j]));
+      past[j] = past_of(v[j], w[j], s[j], alpha[j]);
+    }
+    local.past[at][lane] = {past[0], past[1], past[2], past[3]};
+    local.w[at][lane] = {w[0], w[1], w[2], w[3]};
+    if (remember && own[i][c]) {
+      const StateView& state = tables.states[tile.region];
+      const int64_t cell = int64_t{stream0 + stream} * tables.regions[tile.region].n + tile.offset + lane_receiver();
       store4(state.next_v + cell, {v[0], v[1], v[2], v[3]});
       store4(state.next_w + cell, {w[0], w[1], w[2], w[3]});
 #pragma unroll
       for (int j = 0; j < 4; ++j) sound &= fabsf(v[j]) <= kLargestState && fabsf(w[j]) <= kLargestState;
     }
   });
-  if (last && !sound) atomicOr(&call.verdict->state_not_finite, 1);
-  if (!local) return;
-  if (token) {
-    const int4 before = local->count[lane];
-    spoken[0] += before.x, spoken[1] += before.y, spoken[2] += before.z, spoken[3] += before.w;
-  }
-  local->count[lane] = {spoken[0], spoken[1], spoken[2], spoken[3]};
+  local.count[lane] = *reinterpret_cast<int4*>(spoken);
   if (!last) return;
+  if (!sound) atomicOr(&call.verdict->state_not_finite, 1);
+  if (!call.local_state) return;
+  int* counts = tables.regions[tile.region].spike_count + tile.offset + lane_receiver();
 #pragma unroll
   for (int j = 0; j < 4; ++j) {  // whole numbers: exact in any order
     spoken[j] += __shfl_xor_sync(0xffffffffu, spoken[j], 1);
     spoken[j] += __shfl_xor_sync(0xffffffffu, spoken[j], 2);
-    if (lane % 4 == 0 && spoken[j])
-      atomicAdd(tables.regions[tile.region].spike_count + tile.offset + lane_receiver() + j, spoken[j]);
+    if (lane % 4 == 0 && spoken[j]) atomicAdd(counts + j, spoken[j]);
   }
 }
 

@@ -12,7 +12,8 @@
 namespace neurogen::cuda {
 namespace {
 
-constexpr int kTileCost = 4;  // a neuron update costs about as much as this many blocks
+constexpr size_t kWorkBytes = 73728;  // of shared memory: 16 warps' LocalState<4> (brain.cuh)
+constexpr int kTileCost = 4;          // a neuron update costs about as much as this many blocks
 
 // Receivers first, then terms: a list built receiver by receiver.
 struct ListBuilder {
@@ -197,8 +198,10 @@ void CudaModel::build_lists() {
   }
   upload(tile_names_, names);
   upload(region_views_, regions_);
-  const auto clear = [&](void* panels, int64_t width) {  // rows behind the last are read too
-    if (panels) NG_CUDA(cudaMemset(panels, 0, width / kBlock * panel_values() * real_size()));
+  const auto clear = [&](void* panels, int64_t width) {  // the spare rows too
+    if (!panels) return;
+    const int64_t spare = kSpareRows * kBlock * real_size();
+    NG_CUDA(cudaMemset(static_cast<char*>(panels) - spare, 0, width / kBlock * panel_values() * real_size() + spare));
   };
   for (const RegionView& region : regions_) {
     for (void* panels : {region.u, region.s, region.emitted, region.d, region.g, region.delta}) clear(panels, region.n);
@@ -262,8 +265,8 @@ void CudaModel::plan_launch(const std::vector<TileName>& names,
   }
   shared_limit_ = static_cast<size_t>(shared_limit);
   table_bytes_ = (fixed + listed + 127) / 128 * 128;
-  if (table_bytes_ > shared_limit_) {
-    throw std::invalid_argument("brain: its connectome's tables need " + std::to_string(table_bytes_) +
+  if (table_bytes_ + kWorkBytes > shared_limit_) {
+    throw std::invalid_argument("brain: its connectome's tables need " + std::to_string(table_bytes_ + kWorkBytes) +
                                 " bytes of shared memory a block of threads, this device has " +
                                 std::to_string(shared_limit_));
   }
@@ -319,7 +322,7 @@ std::vector<std::pair<std::string, std::string>> CudaModel::execution_plan() con
           {"brain launch", std::to_string(shape.grid) + " blocks of " + std::to_string(kBrainThreads) +
                                " threads, shared memory of each: " + kib(shape.shared_bytes)},
           {"streams at a time", std::to_string(shape.group)},
-          {"v and w", shape.local_bytes ? "in shared memory" : "in global memory"},
+          {"v and w", shape.local ? "in shared memory" : "in global memory"},
           {"weights between neurons", "up to " + kib(shape.slots * kBlockArea * real_size()) + " of " +
                                           kib(most_terms_ * kBlockArea * real_size()) +
                                           " in the shared memory of a block, the rest is streamed"},

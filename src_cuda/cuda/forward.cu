@@ -13,8 +13,9 @@
 namespace neurogen::cuda {
 namespace {
 
-constexpr int kResidentTokens = 4;       // from so many tokens on it pays to load weights into shared memory
-constexpr int kGlobalStateStreams = 64;  // streams at a time where v and w do not fit shared memory
+constexpr int kResidentTokens = 4;          // from so many tokens on it pays to load weights into shared memory
+constexpr int64_t kCachedBytes = 48 << 20;  // weights that stay in the L2 cache
+constexpr int kGlobalStateStreams = 64;     // streams at a time where v and w do not fit shared memory
 constexpr int kWide = 256;
 constexpr int kWarps = kBrainThreads / 32;
 constexpr float kRmsEpsilon = 1e-5f;
@@ -55,7 +56,7 @@ __device__ BrainTables<Real> fill_shared(const BrainCall& call, const Share& sha
 
 // Steps: a warp works on Steps * 8 streams at a time, of which a lane has Columns (1: there is one stream).
 template <class Real, int Steps, int Columns, bool Plain>
-__global__ void __launch_bounds__(kBrainThreads, 1) run_brain_kernel(BrainCall call) {
+__global__ void __launch_bounds__(kBrainThreads, 1) run_brain_kernel(const __grid_constant__ BrainCall call) {
   extern __shared__ uint4 shared[];
   const int replica = blockIdx.x / call.base_grid, replicas = gridDim.x / call.base_grid;
   const Share share = call.shares[blockIdx.x % call.base_grid];
@@ -63,23 +64,39 @@ __global__ void __launch_bounds__(kBrainThreads, 1) run_brain_kernel(BrainCall c
   using Local = LocalState<Steps * Columns>;
   auto* local = reinterpret_cast<Local*>(reinterpret_cast<char*>(shared) + call.table_bytes +
                                          call.slots * kBlockArea * sizeof(Real));
-  const int ticks = call.tokens + call.levels - 1;
-  for (int first = 0; first < call.streams; first += call.stream_group) {
-    const int streams = min(call.stream_group, call.streams - first);
+  // Items of a tick: chunk by chunk (this replica's: replica, replica + replicas, ...), tile by tile.
+  const auto items_of = [&](int streams) {
     const int chunks = (streams + Steps * kRows - 1) / (Steps * kRows);
-    const int mine = (chunks - replica + replicas - 1) / replicas;  // chunks replica, replica + replicas, ...
+    return (chunks - replica + replicas - 1) / replicas * share.tiles;
+  };
+  const int most = items_of(call.stream_group);
+  const bool rotate = call.local_state && most > kWarps;  // warps take them in turn, over all ticks
+  for (int i = threadIdx.x; rotate && i < most; i += blockDim.x) local[i].turn = 0;
+  __syncthreads();
+  const int ticks = call.tokens + call.levels - 1;
+  int turns = 0;  // of an item, in earlier groups
+  for (int first = 0; first < call.streams; first += call.stream_group, turns += call.tokens) {
+    const int streams = min(call.stream_group, call.streams - first), items = items_of(streams);
+    int begin = threadIdx.x / 32;
     for (int tick = 0; tick < ticks; ++tick) {
-      // Items: chunk by chunk, tile by tile.
-      int at = threadIdx.x / 32, chunk = 0;
-      for (int item = at; item < share.tiles * mine; item += kWarps, at += kWarps) {
+      int at = begin, chunk = 0;
+      if (rotate) begin = (begin + kWarps - items % kWarps) % kWarps;
+      for (int item = at; item < items; item += kWarps, at += kWarps) {
         while (at >= share.tiles) at -= share.tiles, ++chunk;
         const BrainTile& tile = tables.tiles[at];
         const int token = tick - tile.rank;
         if (token < 0 || token >= call.tokens) continue;
-        const int begin = (replica + chunk * replicas) * Steps * kRows;
-        run_tile<Real, Steps, Columns, Plain>(call, tables, tile, token, first + begin,
-                                              min(streams - begin, Steps * kRows),
-                                              call.local_state ? local + item : nullptr);
+        const int offset = (replica + chunk * replicas) * Steps * kRows;
+        const int left = min(streams - offset, Steps * kRows);
+        Local& own = local[call.local_state ? item : threadIdx.x / 32];
+        if (rotate) take_over(own.turn, turns + token);
+        if (token == 0 || !call.local_state) {
+          recall<Steps, Columns>(call, tables.states[tile.region], tables.regions[tile.region].n,
+                                 tile.offset + lane_receiver(), token, first + offset, left, own);
+        }
+        if (call.prefetch) prefetch_weights<Real>(call, tables, tile);
+        run_tile<Real, Steps, Columns, Plain>(call, tables, tile, token, first + offset, left, own);
+        if (rotate) pass_on(own.turn, turns + token + 1);
       }
     }
   }
@@ -151,7 +168,7 @@ __global__ void integrate_kernel(const float* kappa, const float* before, const 
   if (at >= step) return;
   const float keep = kappa[at % dim];
   float value = before[at];
-  constexpr int kAhead = 8;  // tokens whose input is loaded before it is needed
+  constexpr int kAhead = 32;  // tokens whose input is loaded before it is needed
   for (int begin = 0; begin < tokens; begin += kAhead) {
     float ahead[kAhead];
 #pragma unroll
@@ -211,6 +228,10 @@ void* brain_kernel(const BrainShape& shape) {
                                                       : &run_brain_kernel<Real, 1, 1, Plain>);
 }
 
+size_t local_bytes(int cells) {
+  return cells == 1 ? sizeof(LocalState<1>) : cells == 2 ? sizeof(LocalState<2>) : sizeof(LocalState<4>);
+}
+
 }  // namespace
 
 Dropout CudaModel::dropout() const {
@@ -250,42 +271,50 @@ void CudaModel::normalize_rows(const float* o, int64_t rows, float* broca, void*
   launched();
 }
 
-// How many streams run at a time, and what is kept in shared memory: v and w before weights, for those are read and
-// written each tick.
+// `group` streams at a time, v and w in shared memory before weights, for those are read and written each tick.
+BrainShape CudaModel::shape_of(int group, int tokens) const {
+  BrainShape shape{};
+  shape.group = group;
+  const int wide = (group + 2 * kRows - 1) / (2 * kRows);
+  // As wide as leaves every warp something to do.
+  shape.steps = group <= kRows || int64_t{tiles_} * wide < int64_t{base_grid_} * kWarps ? 1 : 2;
+  shape.columns = group == 1 ? 1 : 2;
+  const int chunks = (group + shape.steps * kRows - 1) / (shape.steps * kRows);
+  const int replicas = std::min(replicas_, chunks);
+  shape.grid = base_grid_ * replicas;
+  const int items = most_tiles_ * ((chunks + replicas - 1) / replicas);
+  shape.rounds = std::max(1.0, static_cast<double>(items) / kWarps);
+  const size_t item = local_bytes(shape.steps * shape.columns);
+  shape.local = table_bytes_ + items * item <= shared_limit_;
+  shape.shared_bytes = table_bytes_ + (shape.local ? items : kWarps) * item;
+  if (tokens >= kResidentTokens) {
+    const size_t block_bytes = kBlockArea * real_size();
+    shape.slots = std::min(most_slots_, static_cast<int>((shared_limit_ - shape.shared_bytes) / block_bytes));
+    shape.shared_bytes += shape.slots * block_bytes;
+  }
+  return shape;
+}
+
+// How many streams run at a time: a tick costs about as much as a round of its warps, and half as much again where
+// weights have to come from the L2 cache (`base`, 64 streams on an H200: twice 32 take 7.5 ms, 64 at once 9.1).
 BrainShape CudaModel::brain_shape(int streams, int tokens) const {
-  const auto shape_of = [&](int group) {
-    BrainShape shape{};
-    shape.group = group;
-    shape.steps = group <= kRows ? 1 : 2;
-    shape.columns = group == 1 ? 1 : 2;
-    const int chunks = (group + shape.steps * kRows - 1) / (shape.steps * kRows);
-    const int replicas = std::min(replicas_, chunks);
-    shape.grid = base_grid_ * replicas;
-    const int items = most_tiles_ * ((chunks + replicas - 1) / replicas);
-    const int cells = shape.steps * shape.columns;
-    shape.local_bytes = items * (cells == 1   ? sizeof(LocalState<1>)
-                                 : cells == 2 ? sizeof(LocalState<2>)
-                                              : sizeof(LocalState<4>));
-    return shape;
+  const int limit = stream_group_ ? std::min(stream_group_, streams) : streams;
+  const auto cost = [&](const BrainShape& shape) {
+    const bool streamed = shape.slots < most_terms_;
+    return (1 + shape.rounds) * (streamed ? 1.5 : 1.0);
   };
   constexpr int kUnitStreams = 2 * kRows;
-  const int limit = stream_group_ ? std::min(stream_group_, streams) : streams;
-  BrainShape shape = shape_of(limit);
-  for (int groups = 2; table_bytes_ + shape.local_bytes > shared_limit_ && shape.group > kUnitStreams; ++groups) {
-    const int even = (streams + groups - 1) / groups;
-    shape = shape_of(std::min(shape.group, (even + kUnitStreams - 1) / kUnitStreams * kUnitStreams));
+  BrainShape best{};
+  double least = 0;
+  for (int group = limit; group > 0; group = (group - 1) / kUnitStreams * kUnitStreams) {
+    const BrainShape shape = shape_of(group, tokens);
+    if (!shape.local) continue;
+    const int rest = streams % group;
+    const double whole = streams / group * cost(shape) + (rest ? cost(shape_of(rest, tokens)) : 0);
+    if (best.group == 0 || whole < least) best = shape, least = whole;
+    if (stream_group_) break;
   }
-  if (table_bytes_ + shape.local_bytes > shared_limit_) {
-    shape = shape_of(std::min(limit, kGlobalStateStreams));
-    shape.local_bytes = 0;
-  }
-  const size_t block_bytes = kBlockArea * real_size();
-  if (tokens >= kResidentTokens) {
-    shape.slots =
-        std::min(most_slots_, static_cast<int>((shared_limit_ - table_bytes_ - shape.local_bytes) / block_bytes));
-  }
-  shape.shared_bytes = table_bytes_ + shape.local_bytes + shape.slots * block_bytes;
-  return shape;
+  return best.group ? best : shape_of(std::min(limit, kGlobalStateStreams), tokens);
 }
 
 void CudaModel::run_brain() {
@@ -308,7 +337,8 @@ void CudaModel::run_brain() {
                  base_grid_,
                  static_cast<int>(table_bytes_),
                  shape.slots,
-                 shape.local_bytes > 0,
+                 shape.local,
+                 most_terms_ > shape.slots && blocks_ * kBlockArea * static_cast<int64_t>(real_size()) > kCachedBytes,
                  spec_.graded ? spec_.max_spike : 1.0f,
                  dropout()};
   const dim3 hush_grid(tiles_, static_cast<unsigned>(std::clamp<int64_t>(rows_ / kWide, 1, 64)));

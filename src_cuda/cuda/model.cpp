@@ -2,6 +2,8 @@
 #include "model.h"
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 
 namespace neurogen {
 
@@ -52,6 +54,10 @@ std::unique_ptr<State> CudaModel::new_state(int streams) {
 
 void CudaModel::lay_out() {
   capacity_ = int64_t{spec_.streams} * spec_.max_tokens;
+  if (panel_values() > INT32_MAX) {
+    throw std::invalid_argument("streams * max_tokens: expected at most " +
+                                std::to_string(INT32_MAX / kBlock - kSpareRows) + ", got " + std::to_string(capacity_));
+  }
   lay_out_parameters();
   lay_out_connectome();
   lay_out_workspace();

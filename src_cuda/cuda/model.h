@@ -31,14 +31,16 @@ inline bool on_host(const Output& out) { return out.data && !out.device; }
 
 // How one brain launch runs its streams.
 struct BrainShape {
-  int group, steps, columns;         // streams at a time, of a warp in units of kRows, of a lane in each of those
-  int grid, slots;                   // blocks of threads, resident blocks of weights
-  size_t local_bytes, shared_bytes;  // of v, w and counts (0: they stay in global memory), and in all
+  int group, steps, columns;  // streams at a time, of a warp in units of kRows, of a lane in each of those
+  int grid, slots;            // blocks of threads, resident blocks of weights
+  double rounds;              // items of a warp in a tick
+  bool local;                 // v, w and counts stay in shared memory
+  size_t shared_bytes;
 };
 
 constexpr int kUnit = kBlockArea;   // values that the optimizer takes at a time
 constexpr int kBrainThreads = 512;  // of a block of the brain launch
-constexpr int kSpareRows = 16;      // behind every panel: readable, of no meaning
+constexpr int kSpareRows = 16;      // before and behind every panel: readable, of no meaning
 constexpr int kNormBlocks = 1056;   // blocks that share the gradient's norm: fixed, so that its bits are
 constexpr int kSegmentRows = 32;    // sorted rows that a block of threads adds up (embedding.cu)
 constexpr size_t kBlasWorkspace = size_t{32} << 20;
@@ -190,7 +192,10 @@ class CudaModel final : public Model {
   size_t real_size() const { return spec_.bf16 ? 2 : 4; }
   void* take_real(const char* part, int64_t count) { return arena_.take<char>(part, count * real_size()); }
   int64_t panel_values() const { return (capacity_ + kSpareRows) * kBlock; }
-  void* take_panels(const char* part, int64_t width) { return take_real(part, width / kBlock * panel_values()); }
+  void* take_panels(const char* part, int64_t width) {
+    char* at = static_cast<char*>(take_real(part, width / kBlock * panel_values() + kSpareRows * kBlock));
+    return at + kSpareRows * kBlock * real_size();
+  }
 
   // connectome.cpp: the lists of terms, tiles and jobs
   int64_t most_groups() const;
@@ -233,6 +238,7 @@ class CudaModel final : public Model {
   // forward.cu
   void forward();
   void run_brain();
+  BrainShape shape_of(int group, int tokens) const;
   BrainShape brain_shape(int streams, int tokens) const;
   void count_spikes();
   Dropout dropout() const;

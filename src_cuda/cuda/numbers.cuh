@@ -40,12 +40,30 @@ __device__ inline float rounded(float x) {
   return to_float(from_float<Real>(x));
 }
 
+// A pointer that came out of a table, known again to point into device memory.
+template <class T>
+__device__ inline T* in_global(void* p) {
+  __builtin_assume(__isGlobal(p));
+  return static_cast<T*>(p);
+}
+
+// 1 / x to the last bit or two; x normal.
+__device__ inline float reciprocal(float x) {
+  float out;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
+
+// Two bf16: each is the upper half of a float.
+__device__ inline float2 as_floats(uint32_t pair) {
+  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+}
+
 // Four neighbouring values, aligned to four.
 __device__ inline float4 load4(const float* p) { return *reinterpret_cast<const float4*>(p); }
 __device__ inline float4 load4(const bf16* p) {
   const uint2 raw = *reinterpret_cast<const uint2*>(p);
-  const float2 lo = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(raw.x));
-  const float2 hi = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(raw.y));
+  const float2 lo = as_floats(raw.x), hi = as_floats(raw.y);
   return {lo.x, lo.y, hi.x, hi.y};
 }
 __device__ inline void store4(float* p, float4 x) { *reinterpret_cast<float4*>(p) = x; }
@@ -70,6 +88,10 @@ struct Four<bf16> {
 template <class Real>
 __device__ inline Four<Real> fetch4(const Real* p) {
   return *reinterpret_cast<const Four<Real>*>(p);
+}
+template <class Real>
+__device__ inline void put4(Real* p, const Four<Real>& x) {
+  *reinterpret_cast<Four<Real>*>(p) = x;
 }
 template <class Real>
 __device__ inline float4 unpack(const Four<Real>& x) {

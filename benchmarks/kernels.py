@@ -45,6 +45,7 @@ SIZES = {
         "preset": "tiny", "generation": (1, 4), "new_tokens": 64, "decoder": ((4, 32),), "steps": ("tiny:4:32",),
     },
 }  # fmt: skip
+WITHOUT_KERNELS = {"cpu": "the model runs on the CPU"}
 PARTS = ("generation", "decoder", "steps")  # the wall clock's first
 PROMPT, TRACES, ROUNDS, WARM_STEPS = 16, 5, 5, 3
 
@@ -70,8 +71,7 @@ class Bench:
         self.args, self.sizes, self.drawn, self.clock = args, dict(SIZES[self.name]), {}, DeviceClock()
         if args.steps:
             self.sizes["steps"] = args.steps
-        if self.name != "cuda":
-            self.clock.reason = "the model runs on the CPU"
+        self.clock.reason = WITHOUT_KERNELS.get(self.name)
 
     def model(self, cfg, B, T):
         gc.collect()

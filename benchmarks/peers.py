@@ -5,6 +5,7 @@ keeps its memory costs its own figures and nobody else's.
 has them run some steps when it is their turn. Run as a program, this file is such a process: it answers lines of JSON.
 """
 
+import contextlib
 import functools
 import importlib
 import json
@@ -209,8 +210,9 @@ class Process:
 
     @staticmethod
     def listen(stream, replies):
-        for line in stream:
-            replies.put(line)
+        with stream:
+            for line in stream:
+                replies.put(line)
         replies.put(None)
 
     def answer(self):
@@ -232,7 +234,8 @@ class Process:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
-            self.process.stdin.close()
+            with contextlib.suppress(OSError):  # of what it has not read
+                self.process.stdin.close()
             self.process = None
 
 

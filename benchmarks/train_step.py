@@ -52,10 +52,9 @@ def measure(preset, B, T, args, peers):
     beside = preset == args.peer_of
     if beside:
         peers.build(vocab=cfg.vocab_size, dim=cfg.dim, B=B, T=T)
-    errors = {}
     try:
-        data = common.batches(cfg.vocab_size, B, T)
         model = ng.NeuroGen(cfg, backend=args.backend, streams=B, max_tokens=T, precision=args.precision)
+        data = common.batches(cfg.vocab_size, B, T)
     finally:
         names, errors = peers.ready() if beside else ([], {})
     steps = {None: lambda n: common.seconds(lambda *batch: model.train_step_batch(*batch).loss, data, n)}

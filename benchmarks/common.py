@@ -1,4 +1,4 @@
-"""What every benchmark records: the machine, the commit, medians and their spread."""
+"""What the benchmarks share: the machine and the commit of a record, timing, medians and their spread."""
 
 import datetime
 import json
@@ -7,11 +7,13 @@ import platform
 import re
 import statistics
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
+BATCHES = 4  # different ones, in turn
 
 
 def output(*command):
@@ -58,9 +60,35 @@ def spread(values):
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def write(name, record):
-    """Writes results/<name>.json and says where."""
+def batches(vocab, B, T):
+    """Pairs of random token ids and targets, int32 [B, T]: no likely tokens, and as many different ones as can be."""
+    rng = np.random.default_rng(B)
+    return [tuple(rng.integers(0, vocab, (2, B, T)).astype(np.int32)) for _ in range(BATCHES)]
+
+
+def seconds(step, data, count):
+    """Wall-clock time of each of `count` steps, which wait for their loss."""
+    out = []
+    for number in range(count):
+        begin = time.perf_counter()
+        loss = step(*data[number % len(data)])
+        out.append(time.perf_counter() - begin)
+        if not np.isfinite(loss):
+            raise FloatingPointError(f"expected a finite loss, got {loss}")
+    return out
+
+
+def first_line(error):
+    """What a row that could not be measured says of it."""
+    return f"{type(error).__name__}: {error}".split("\n")[0][:300]
+
+
+def write(name, record, say=True):
+    """Writes results/<name>.json and says where; one that is killed meanwhile leaves the former file."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"wrote {path}")
+    beside = path.with_suffix(".part")
+    beside.write_text(json.dumps(record, indent=1) + "\n")
+    beside.replace(path)
+    if say:
+        print(f"wrote {path}")

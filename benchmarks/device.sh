@@ -2,14 +2,16 @@
 # Everything that needs a GPU, on a machine that has one: builds in place, tests, checks memory accesses and races,
 # measures.
 #
-#   benchmarks/device.sh [build] [tests] [sanitizer] [train_step] [ladder] [quality]      no stage named: all of them
+#   benchmarks/device.sh [build] [tests] [sanitizer] [train_step] [growth] [kernels] [ladder] [quality]
+#                                                                                             no stage named: all
 #
 # A stage that fails does not stop the next one; a table of what came of each is printed last, and the exit status tells
 # whether all went well. Records go to benchmarks/results, and copies of them, with the log, to the folder $OUT if set.
 #   PYTHON           the interpreter (python3)
 #   NEUROGEN_TEXT    the text that stage `quality` learns, and `ladder` (Python's help topics if unset)
 #   NEUROGEN_COMMIT  the commit, where there is no git
-#   TEST_OPTIONS, TRAIN_STEP_OPTIONS, LADDER_OPTIONS, QUALITY_OPTIONS   further options of those stages
+#   TEST_OPTIONS, TRAIN_STEP_OPTIONS, GROWTH_OPTIONS, KERNELS_OPTIONS, LADDER_OPTIONS, QUALITY_OPTIONS
+#                    further options of those stages
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -45,8 +47,8 @@ sanitize() {
 }
 
 for name in "${@:-all}"; do
-  case $name in all | build | tests | sanitizer | train_step | ladder | quality) ;; *)
-    echo "unknown stage $name: expected build, tests, sanitizer, train_step, ladder or quality" >&2
+  case $name in all | build | tests | sanitizer | train_step | growth | kernels | ladder | quality) ;; *)
+    echo "unknown stage $name: expected build, tests, sanitizer, train_step, growth, kernels, ladder or quality" >&2
     exit 2
     ;;
   esac
@@ -72,6 +74,14 @@ if wanted train_step; then
   # shellcheck disable=SC2086
   stage train_step 240 "$python" benchmarks/train_step.py ${TRAIN_STEP_OPTIONS:-}
 fi
+if wanted growth; then  # no row begins after that time; docs/growth.png is drawn from the record, anywhere
+  # shellcheck disable=SC2086
+  stage growth 120 "$python" benchmarks/growth.py --seconds 75 ${GROWTH_OPTIONS:-}
+fi
+if wanted kernels; then
+  # shellcheck disable=SC2086
+  stage kernels 120 "$python" benchmarks/kernels.py --seconds 60 ${KERNELS_OPTIONS:-}
+fi
 if wanted ladder; then
   # shellcheck disable=SC2086
   stage ladder 180 "$python" benchmarks/ladder.py --backend cuda ${LADDER_OPTIONS:-}
@@ -83,7 +93,7 @@ if wanted quality; then
 fi
 
 if [[ -n ${OUT:-} ]]; then
-  for record in gpu_tests.json train_step.json ladder.json quality_gpu.json sanitizer.txt; do
+  for record in gpu_tests.json train_step.json growth.json kernels.json ladder.json quality_gpu.json sanitizer.txt; do
     [[ -f $results/$record ]] && cp "$results/$record" "$OUT/"
   done
 fi

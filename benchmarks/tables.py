@@ -1,4 +1,4 @@
-"""Puts the records of results/ into the tables of the READMEs and of docs/FROM_10.md, between their markers."""
+"""Puts the records of results/ into the tables of the READMEs and of docs, between their markers."""
 
 import json
 from pathlib import Path
@@ -62,27 +62,128 @@ def quality():
     return table(head, rows) + "\n\nBits per byte on the last 10 % of the text; preset `tiny`, CPU, two threads."
 
 
+def peer_kind(name):
+    """The column of a peer."""
+    if name.startswith("jax"):
+        return "JAX scan"
+    if "torch.compile" in name:
+        return "LSTM, loss compiled"
+    return "LSTM + AdamW" if "AdamW" in name else "LSTM"
+
+
 def train_step():
-    """Every size of the GPU record, ours beside the peer's two."""
+    """Every size of the GPU record, ours beside the peers that were measured."""
     data = record("train_step")
+    measured = [row for row in data["rows"] if "error" not in row]
+    peers = [row for row in measured if row["peer"]]
+    kinds = [kind for kind in ("LSTM + AdamW", "LSTM", "LSTM, loss compiled", "JAX scan")
+             if any(peer_kind(row["peer"]) == kind for row in peers)]  # fmt: skip
     rows = []
-    for ours in (row for row in data["rows"] if row["peer"] is None):
-        size = {key: ours[key] for key in ("preset", "B", "T")}
-        peers = [row for row in data["rows"] if row["peer"] and all(row[key] == size[key] for key in size)]
-        (low, high), cells = ours["ms_spread"], []
-        for peer in sorted(peers, key=lambda row: "no optimizer" in row["peer"]):
-            cells += [f"{peer['tok_s']:,.0f}", f"{ours['tok_s'] / peer['tok_s']:.2f}"]
+    for ours in (row for row in measured if row["peer"] is None):
+        beside = {peer_kind(row["peer"]): row["tok_s"] for row in peers
+                  if all(row[key] == ours[key] for key in ("preset", "B", "T"))}  # fmt: skip
+        low, high = ours["ms_spread"]
         rows.append([
             f"`{ours['preset']}`", ours["precision"], f"{ours['B']} x {ours['T']}",
-            f"{ours['ms']:.2f} ({low:.2f} to {high:.2f})", f"**{ours['tok_s']:,.0f}**", *(cells or ["", "", "", ""]),
+            f"{ours['ms']:.2f} ({low:.2f} to {high:.2f})", f"**{ours['tok_s']:,.0f}**",
+            *(f"{beside[kind]:,.0f} ({ours['tok_s'] / beside[kind]:.2f})" if kind in beside else "" for kind in kinds),
         ])  # fmt: skip
-    head = ["preset", "precision", "streams x tokens", "ms a step", "tokens/s",
-            "LSTM with optimizer, tokens/s", "ratio", "LSTM without, tokens/s", "ratio"]
-    names = sorted({row["peer"].split(",")[0] for row in data["rows"] if row["peer"]})
-    beside = f" Beside it: {'; '.join(names)}, AdamW fused or none, no clipping." if names else ""
+    head = ["preset", "precision", "streams x tokens", "ms a step", "tokens/s", *kinds]
+    names = sorted({row["peer"].split(",")[0].split(" + Linear")[0] for row in peers})
+    beside = (
+        f" Beside it, in tokens/s, and ours as a multiple: {'; '.join(names)}; each with a linear decoder and "
+        "cross-entropy, by BPTT, without clipping, and without an optimizer unless said."
+    ) if names else ""  # fmt: skip
     return table(head, rows) + (
         f"\n\n{data['gpu']}, driver {data['driver']}, commit {data['commit']}; median (smallest to largest) of whole "
         f"train steps on random token ids, clipping and AdamW included.{beside}"
+    )
+
+
+def growth():
+    """The picture, and a table for each sweep: its values across, speed and memory of each number of streams down."""
+    data, out = record("growth"), ["![Speed and memory as one size grows](../docs/growth.png)"]
+    for sweep, title in (("B", "streams B"), ("T", "tokens T"), ("N", "neurons N"), ("V", "vocabulary V")):
+        rows = [row for row in data["rows"] if row["sweep"] == sweep]
+        if not rows:
+            continue
+        values, body = sorted({row[sweep] for row in rows}), []
+        lines = [None] if sweep == "B" else sorted({row["B"] for row in rows})
+        for B in lines:
+            of = {row[sweep]: row for row in rows if B in (None, row["B"])}
+            label = "" if B is None else f"B = {B}: "
+            cells = [of.get(value, {}) for value in values]
+            body.append([f"{label}tokens/s", *(f"{row['tok_s']:,.0f}" if "tok_s" in row else "-" for row in cells)])
+            for key, name in (("planned_bytes", "planned"), ("allocated_bytes", "allocated")):
+                body.append([f"{label}GB {name}", *(known(row.get(key) and row[key] / 1e9, ".2f") for row in cells)])
+        out.append(table([title, *(f"{value:,}" for value in values)], body))
+    refused = [f"{row['B']} x {row['T']}, {row['N']:,} neurons, V = {row['V']:,}: {row['error']}"
+               for row in data["rows"] if "error" in row]  # fmt: skip
+    return "\n\n".join(out) + (
+        f"\n\nPreset `{data['preset']}` but for the size that grows, T = 512 but for the second; {data['gpu']}, commit "
+        f"{data['commit']}; medians." + "".join(f" Not run: {text}." for text in sorted(set(refused)))
+    )
+
+
+def kernels(part):
+    """(the record, its measured rows) of one part of kernels.json; FileNotFoundError where there are none."""
+    data = record("kernels")
+    rows = [row for row in data[part] if "error" not in row]
+    if not rows:
+        raise FileNotFoundError(f"no {part} in kernels.json")
+    return data, rows
+
+
+def decoder():
+    """The decoder alone beside torch's."""
+    data, rows = kernels("decoder")
+    names = sorted({peer["peer"] for row in rows for peer in row["peers"] if "error" not in peer})
+    body = []
+    for row in rows:
+        peers = {peer["peer"]: peer.get("tflops") for peer in row["peers"]}
+        body.append([f"{row['M']:,}", span(row["tflops"], ".0f") if row["tflops"] else "", span(row["at_least"], ".0f"),
+                     *(span(peers[name], ".0f") if peers.get(name) else "" for name in names)])  # fmt: skip
+    head = ["rows M", "its kernels, TFLOP/s", "whole call, TFLOP/s", *names]
+    return table(head, body) + (
+        f"\n\nV = {rows[0]['V']:,}, D = {rows[0]['D']:,}, {rows[0]['precision']}, 6 M V D FLOP; {data['gpu']}, commit "
+        f"{rows[0]['commit']}; median (smallest to largest)."
+    )
+
+
+def ticks():
+    """The brain's time a tick, and the decoder inside the step."""
+    data, rows = kernels("steps")
+    body = [
+        [f"`{row['preset']}`", f"{row['B']} x {row['T']}", f"{row['brain_ms']['median']:.3f}",
+         span(row["us_tick"], ".2f"), span(row["decoder_tflops"], ".0f"), f"{row['device_ms']['median']:.2f}",
+         f"{row['span_ms']['median']:.2f}"] for row in rows
+    ]  # fmt: skip
+    head = ["preset", "streams x tokens", "brain, ms", "us a tick", "decoder, TFLOP/s", "kernels, ms",
+            "first to last, ms"]  # fmt: skip
+    return table(head, body) + f"\n\nOf one warm train step under CUPTI; {data['gpu']}, commit {rows[0]['commit']}."
+
+
+def step_kernels(least=0.01):
+    """Every kernel that takes a hundredth of a step's time or more."""
+    out = []
+    for row in kernels("steps")[1]:
+        some = [kernel for kernel in row["kernels"] if kernel["share"] >= least]
+        rest = sum(kernel["ms"] for kernel in row["kernels"]) - sum(kernel["ms"] for kernel in some)
+        body = [[f"`{k['name']}`", str(k["launches"]), f"{k['ms']:.3f}", f"{100 * k['share']:.1f}"] for k in some]
+        body.append(["the rest", "", f"{rest:.3f}", ""])
+        out.append(table([f"`{row['preset']}`, {row['B']} x {row['T']}", "launches", "ms", "%"], body))
+    return "\n\n".join(out)
+
+
+def generation():
+    """Tokens a second of `generate`."""
+    data, rows = kernels("generation")
+    body = [[f"`{row['preset']}`", str(row["B"]), row["how"], span(row["tok_s"], ",.0f"),
+             f"{row['tok_s_with_prompt']['median']:,.0f}"] for row in rows]  # fmt: skip
+    head = ["preset", "streams", "drawn", "tokens/s", "with prompt and first batch"]
+    return table(head, body) + (
+        f"\n\n{rows[0]['new_tokens']} new tokens after a prompt of {rows[0]['prompt']}, {rows[0]['precision']}; "
+        f"{data['gpu']}, commit {rows[0]['commit']}; median (smallest to largest)."
     )
 
 
@@ -175,9 +276,11 @@ def main():
     makers = {
         "cpu": cpu, "answer": answer, "quality": quality, "train_step": train_step, "quality_gpu": quality_gpu,
         "ladder_cuda": lambda: ladder_rungs("cuda"), "ladder_cpu": lambda: ladder_rungs("cpu"),
-        "ladder_time": ladder_time,
+        "ladder_time": ladder_time, "growth": growth, "decoder": decoder, "ticks": ticks, "kernels": step_kernels,
+        "generation": generation,
     }  # fmt: skip
-    for path in (HERE.parent / "README.md", HERE / "README.md", HERE.parent / "docs" / "FROM_10.md"):
+    docs = HERE.parent / "docs"
+    for path in (HERE.parent / "README.md", HERE / "README.md", docs / "FROM_10.md", docs / "PERFORMANCE.md"):
         text = path.read_text()
         for name, make in makers.items():
             marks = f"<!-- {name} -->", f"<!-- /{name} -->"

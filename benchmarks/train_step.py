@@ -1,142 +1,111 @@
-"""Whole training steps on the GPU, beside torch's LSTM in the same run.
+"""Whole training steps on the GPU, beside those of other libraries in the same run.
 
-    python benchmarks/train_step.py [--more] [--rows PRESET:B:T ...]
+    python benchmarks/train_step.py [--more] [--rows PRESET:B:T ...] [--peers [lstm] [compiled] [alif]]
 
 Ours is one `train_step_batch`: token ids from the host, forward, loss, e-prop, gradient clipping, AdamW, and the wait
-for the loss. The peer is torch.nn.LSTM as wide as the preset's embedding (1536 for `base`) with an embedding, a linear
-decoder and cross-entropy, all in fp16, trained by full backpropagation through time: token ids from the host, forward,
-loss, backward, fused AdamW without clipping, and the wait for the loss; and once more without the optimizer. Times are
-of the wall clock around one step, warmed up, in alternating rounds of one process. Token ids are random: neither side
-does less work for likelier ones, but every step meets about as many different tokens as it can.
+for the loss. The peers (peers.py) are as wide as the preset's embedding (1536 for `base`), with an embedding, a linear
+decoder and cross-entropy, trained by full backpropagation through time: torch.nn.LSTM in fp16 with fused AdamW without
+clipping, once more without the optimizer, and so with its loss compiled; and a scan of adaptive spiking neurons in JAX,
+bf16, without an optimizer. Token ids come from the host there too, and a step ends with the wait for the loss. Times
+are of the wall clock around one step, compiled and warmed up, in alternating rounds. Token ids are random: no side does
+less work for likelier ones, but every step meets about as many different tokens as it can. The record is written after
+every row; what could not be measured is a row with an `error`.
 """
 
 import argparse
 import gc
 import statistics
-import sys
-import time
 
 import common
-import numpy as np
+from peers import WARM_STEPS, Failed, Peers
 
 import neurogen_cy as ng
 
 ROWS = ("base:1:500", "base:64:512")
 MORE = ("base:16:512", "base:256:512", "small:128:128", "large:1:512")
-PEER_OF = "base"  # the preset whose sizes the peer shares
-BATCHES = 4  # different ones, in turn
-ROUND_SECONDS = 0.4
-WARM_STEPS = 3
-LOSS_SCALE = 1024.0  # keeps gradients of the peer from vanishing in fp16: zeros would draw less power and run faster
-LARGEST_LOSS = 65536  # rows of logits that torch's cross-entropy takes at a time, below 2^31 values
+PEERS = ("lstm", "compiled", "alif")
+PEER_OF = "base"  # the preset whose sizes the peers share
+ROUND_SECONDS = 0.25
+PEER_SECONDS = 60.0  # an answer of a peer, compilation included
 
 
-def batches(vocab, B, T):
-    rng = np.random.default_rng(B)
-    return [tuple(rng.integers(0, vocab, (2, B, T)).astype(np.int32)) for _ in range(BATCHES)]
+def rounds(steps, args):
+    """({name: seconds of its steps}, {name: why it has none}) of alternating rounds of {name: count -> seconds}."""
+    times, errors, counts = {name: [] for name in steps}, {}, {}
+    for number in range(-1, args.rounds):  # the first finds out how many steps make a round
+        for name, run in steps.items():
+            try:
+                if name in errors:
+                    continue
+                if number < 0:
+                    counts[name] = int(min(50, max(2, args.round_seconds / statistics.median(run(WARM_STEPS)))))
+                else:
+                    times[name] += run(counts[name])
+            except Failed as error:
+                errors[name] = str(error)
+    return {name: found for name, found in times.items() if name not in errors}, errors
 
 
-def lstm_steps(cfg, device):
-    """{name: step} of the peer, with its optimizer and without."""
-    import torch
-
-    dtype, width = torch.float16 if device == "cuda" else torch.float32, cfg.dim
-    torch.manual_seed(0)
-    embedding = torch.nn.Embedding(cfg.vocab_size, width).to(device, dtype)
-    lstm = torch.nn.LSTM(width, width).to(device, dtype)
-    decoder = torch.nn.Linear(width, cfg.vocab_size).to(device, dtype)
-    parameters = [p for module in (embedding, lstm, decoder) for p in module.parameters()]
-    adam = torch.optim.AdamW(parameters, lr=1e-5, eps=1e-4, fused=True)  # squares of small gradients vanish in fp16
-
-    def step(ids, targets, optimize):
-        adam.zero_grad(set_to_none=True)
-        ids, targets = (torch.from_numpy(a).to(device).T.long() for a in (ids, targets))  # [T, B]
-        out = lstm(embedding(ids))[0].flatten(0, 1)
-        targets, loss = targets.flatten(), 0.0
-        for begin in range(0, len(out), LARGEST_LOSS):
-            part = slice(begin, begin + LARGEST_LOSS)
-            mean = torch.nn.functional.cross_entropy(decoder(out[part]), targets[part])
-            loss = loss + mean.float() * (len(targets[part]) / len(targets))
-        (LOSS_SCALE * loss).backward()
-        if optimize:
-            adam.step()
-        elif device == "cuda":
-            torch.cuda.synchronize()
-        return loss.item()
-
-    name = f"torch {torch.__version__} nn.LSTM({width}) {str(dtype)[6:]} + Linear + cross-entropy, BPTT"
-    return {
-        f"{name} + AdamW(fused)": lambda ids, targets: step(ids, targets, True),
-        f"{name}, no optimizer": lambda ids, targets: step(ids, targets, False),
-    }
-
-
-def seconds(step, data, count):
-    """Wall-clock time of each of `count` steps."""
-    out = []
-    for number in range(count):
-        begin = time.perf_counter()
-        loss = step(*data[number % len(data)])
-        out.append(time.perf_counter() - begin)
-        if not np.isfinite(loss):
-            raise FloatingPointError(f"expected a finite loss, got {loss}")
-    return out
-
-
-def measure(preset, B, T, args):
-    """Rows of one size: ours, then the peer's."""
+def measure(preset, B, T, args, peers):
+    """Rows of one size: ours, then the peers'."""
     cfg = ng.Config.preset(preset)
-    data = batches(cfg.vocab_size, B, T)
-    model = ng.NeuroGen(cfg, backend=args.backend, streams=B, max_tokens=T, precision=args.precision)
-    steps = {None: lambda ids, targets: model.train_step_batch(ids, targets).loss}
-    if args.peer and preset == args.peer_of:
-        steps.update(lstm_steps(cfg, "cuda" if model.backend == "cuda" else "cpu"))
-    counts = {}
-    for peer, step in steps.items():
-        one = statistics.median(seconds(step, data, WARM_STEPS))
-        counts[peer] = int(min(50, max(2, args.round_seconds / one)))
-    times = {peer: [] for peer in steps}
-    for _ in range(args.rounds):
-        for peer, step in steps.items():
-            times[peer] += seconds(step, data, counts[peer])
-    rows = []
+    beside = preset == args.peer_of
+    if beside:
+        peers.build(vocab=cfg.vocab_size, dim=cfg.dim, B=B, T=T)
+    try:
+        model = ng.NeuroGen(cfg, backend=args.backend, streams=B, max_tokens=T, precision=args.precision)
+        data = common.batches(cfg.vocab_size, B, T)
+    finally:
+        names, errors = peers.ready() if beside else ([], {})
+    steps = {None: lambda n: common.seconds(lambda *batch: model.train_step_batch(*batch).loss, data, n)}
+    steps.update({name: lambda n, name=name: peers.seconds(name, n) for name in names})
+    times, failed = rounds(steps, args)
+    size = {"preset": preset, "B": B, "T": T}
+    rows = [{**size, "peer": name, "error": error} for name, error in {**errors, **failed}.items()]
+    for row in rows:
+        print(f"{preset:6} {B:4} x {T:4} {row['peer']}: {row['error']}", flush=True)
     for peer, measured in times.items():
         ms = [1e3 * t for t in measured]
         row = {
-            "preset": preset, "backend": "torch" if peer else model.backend,
-            "precision": ("fp16" if model.backend == "cuda" else "fp32") if peer else model.precision,
-            "B": B, "T": T, "ms": statistics.median(ms), "ms_spread": [min(ms), max(ms)],
+            **size, "backend": peer.split()[0] if peer else model.backend,
+            "precision": next((p for p in ("float16", "bfloat16", "float32") if p in peer.split()), "")
+            if peer else model.precision, "ms": statistics.median(ms), "ms_spread": [min(ms), max(ms)],
             "tok_s": B * T / statistics.median(measured), "steps": len(ms), "peer": peer,
         }  # fmt: skip
         rows.append(row)
         print(f"{preset:6} {B:4} x {T:4} {row['ms']:10.2f} ms ({min(ms):.2f} to {max(ms):.2f}) {row['tok_s']:12,.0f} "
               f"tok/s  {peer or 'neurogen_cy ' + row['precision']}", flush=True)
-    return rows
+    return sorted(rows, key=lambda row: row["peer"] is not None)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", nargs="+", default=list(ROWS), metavar="PRESET:B:T")
     parser.add_argument("--more", action="store_true", help=f"also {' '.join(MORE)}")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--round-seconds", type=float, default=ROUND_SECONDS)
-    parser.add_argument("--backend", default="cuda")
+    parser.add_argument("--backend", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--precision", help="bf16 (a GPU's default) or fp32")
-    parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--peer-of", default=PEER_OF, help="preset beside which the peer runs")
-    args = parser.parse_args()
-    rows, refused = [], []
-    for spec in args.rows + list(MORE if args.more else ()):
-        preset, B, T = spec.split(":")
-        try:
-            rows += measure(preset, int(B), int(T), args)
-        except (MemoryError, RuntimeError) as error:  # of this size, on either side: the others still count
-            refused.append(spec)
-            print(f"{spec}: {type(error).__name__}: {error}", flush=True)
-        gc.collect()
-        if "torch" in sys.modules:
-            sys.modules["torch"].cuda.empty_cache()
-    common.write("train_step", {**common.gpu(), "refused": refused, "rows": rows})
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS, help="all of them unless said")
+    parser.add_argument("--peer-of", default=PEER_OF, help="preset beside which the peers run")
+    parser.add_argument("--peer-seconds", type=float, default=PEER_SECONDS, help="that a peer may be silent")
+    args = parser.parse_args(argv)
+    specs = args.rows + list(MORE if args.more else ())
+    record = {**common.gpu(), "refused": [], "rows": []}
+    name = "train_step" if args.backend == "cuda" else f"train_step_{args.backend}"
+    with Peers(args.peers, args.backend, args.peer_seconds) as peers:
+        for number, spec in enumerate(specs):
+            preset, B, T = spec.split(":")
+            try:
+                record["rows"] += measure(preset, int(B), int(T), args, peers)
+            except (MemoryError, RuntimeError) as error:  # of this size: the others still count
+                record["refused"].append(spec)
+                print(f"{spec}: {common.first_line(error)}", flush=True)
+            gc.collect()
+            if not any(later.startswith(f"{args.peer_of}:") for later in specs[number + 1 :]):
+                peers.close()  # their memory too
+            common.write(name, record, say=False)
+    print(f"wrote {common.RESULTS / name}.json")
 
 
 if __name__ == "__main__":

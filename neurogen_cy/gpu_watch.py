@@ -19,6 +19,11 @@ INTERVAL = 0.1  # seconds between two looks
 STALE = 1.0  # NVML's figure is of up to the last second: looks in the first one would see what was before
 
 
+def is_copy(name: str) -> bool:
+    """Whether an event of the device is a copy or a fill rather than a kernel."""
+    return name.lower().startswith(("memcpy", "memset"))
+
+
 class GpuBusy:
     """Looks at NVML's utilisation from a thread of its own while a `with` block runs.
 
@@ -112,25 +117,35 @@ class DeviceClock:
         except Exception as error:  # a torch that does not load must not end a measurement
             self.reason = f"torch does not load: {error}"
 
-    def seconds(self, body: Callable[[], Any]) -> dict[str, float] | None:
-        """Call `body`, which waits for what it starts; seconds on the device of "kernels" and "copies"."""
+    def events(self, body: Callable[[], Any]) -> list[tuple[str, float, float]] | None:
+        """Call `body`, which waits for what it starts; (name, begin, end) in seconds of all that the device did."""
         if self._torch is None and self.reason is None:
             self._load()
             if self.reason is None:  # the first trace starts CUPTI, and may miss what runs meanwhile
-                self.seconds(body)
+                self.events(body)
+                self.reason = None
         if self.reason is not None:
             return None
-        out = {"kernels": 0.0, "copies": 0.0}
         profiler = self._torch.profiler
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about CPU activity, which is not asked for
             with profiler.profile(activities=[profiler.ProfilerActivity.CUDA]) as trace:
                 body()
-            for event in trace.events():
-                if event.device_type == self._torch.autograd.DeviceType.CUDA:
-                    kind = "copies" if event.name.lower().startswith(("memcpy", "memset")) else "kernels"
-                    out[kind] += event.time_range.elapsed_us() / 1e6
-        if not any(out.values()):
+            out = [
+                (str(event.name), event.time_range.start / 1e6, event.time_range.end / 1e6)
+                for event in trace.events() if event.device_type == self._torch.autograd.DeviceType.CUDA
+            ]  # fmt: skip
+        if not out:
             self.reason = "torch's profiler saw no kernel"
             return None
+        return sorted(out, key=lambda event: event[1])
+
+    def seconds(self, body: Callable[[], Any]) -> dict[str, float] | None:
+        """Call `body`, which waits for what it starts; seconds on the device of "kernels" and "copies"."""
+        events = self.events(body)
+        if events is None:
+            return None
+        out = {"kernels": 0.0, "copies": 0.0}
+        for name, begin, end in events:
+            out["copies" if is_copy(name) else "kernels"] += end - begin
         return out

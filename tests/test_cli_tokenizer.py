@@ -40,7 +40,8 @@ def test_a_tokenizer_is_made_and_looked_at(tmp_path: Path, text: Path) -> None:
 
     status, said = run("info", out, "--data", text, "--show", "then the caf\u00e9")
     assert status == 0 and f"{out}: json, 400 tokens, sha256 {made.sha256}" in said
-    assert "between documents: token 0, '<|endoftext|>'" in said and "bytes a token" in said and ":' the'" in said and r":b'\xc3'" in said
+    assert "between documents: token 0, '<|endoftext|>'" in said and "bytes a token" in said
+    assert ":' the'" in said and r":b'\xc3'" in said
     assert run("info", "bytes")[1].startswith("bytes: bytes, 256 tokens")
 
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +78,16 @@ def write(
     atomic.replace(target, lambda folder: _fill(folder, arrays, meta))
 
 
-def read(directory: str | os.PathLike[str]) -> tuple[Tensors, dict[str, Any]]:
+def read(
+    directory: str | os.PathLike[str], groups: Collection[str] | None = None
+) -> tuple[Tensors, dict[str, Any]]:
     """Read and verify a checkpoint.
+
+    Parameters
+    ----------
+    directory : path
+    groups : names of groups, optional
+        Only these are read, and verified; all by default.
 
     Returns
     -------
@@ -97,7 +105,7 @@ def read(directory: str | os.PathLike[str]) -> tuple[Tensors, dict[str, Any]]:
         source = _locate(directory)
         before = atomic.identity(source)
         try:
-            return _load(source)
+            return _load(source, groups)
         except CheckpointError:
             if before is not None and atomic.identity(source) == before:
                 raise  # else it was replaced while being read: read the new one
@@ -160,11 +168,13 @@ def _fill(folder: Path, arrays: Tensors, meta: Mapping[str, Any]) -> None:
         (folder / name).chmod(notes.stat().st_mode)
 
 
-def _load(folder: Path) -> tuple[Tensors, dict[str, Any]]:
+def _load(folder: Path, groups: Collection[str] | None) -> tuple[Tensors, dict[str, Any]]:
     meta, files = _load_meta(folder)
     tensors: Tensors = {}
     for name, facts in files.items():
         path = folder / name
+        if groups is not None and path.stem not in groups:
+            continue
         try:
             size, digest = path.stat().st_size, _sha256(path)
             if size != facts["bytes"]:

@@ -24,22 +24,23 @@ MOMENTS = ("moment1", "moment2")
 
 def save(
     model: NeuroGen, directory: str | os.PathLike[str], cursor: Mapping[str, Any] | None,
-    extra: Mapping[str, Any] | None,
+    extra: Mapping[str, Any] | None, state: Mapping[str, Any] | None = None,
 ) -> None:
     """See `NeuroGen.save`."""
+    state = model.state() if state is None else dict(state)
     moments = model._engine.moments()
     tensors = {
         "model": {key: _host(view) for key, view in model.parameters().items()},
         "optimizer": {
             f"{key}.{name}": _host(view) for key, pair in moments.items() for name, view in zip(MOMENTS, pair)
         },
-        "state": model.state(),
+        "state": state,
     }
     meta = {
         "versions": {"neurogen_cy": __version__, "numpy": np.__version__},
         "config": model.config.to_dict(),
         "optimizer": asdict(model.optimizer),
-        "streams": model.streams,
+        "streams": len(state["broca.o"]),
         "max_tokens": model.max_tokens,
         "seed": model.seed,
         "step": model.step,

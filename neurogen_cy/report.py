@@ -1,13 +1,10 @@
-"""What the command line prints, as text: corpus, validation tables, progress, memory."""
+"""What the command line prints, as text: corpus, validation tables, memory."""
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
 from typing import Any
-
-from tqdm import tqdm
 
 from neurogen_cy.config import Config
 from neurogen_cy.ngram import baselines
@@ -78,43 +75,3 @@ def validation_table(name: str, nats: float, ngrams: Mapping[int, float]) -> str
     for row, bits in sorted(rows, key=lambda item: item[1]):
         lines.append(f"{row:{width}}  {bits:9.4f}  {bits * math.log(2):9.4f}  {2**bits:10.3f}")
     return "\n".join(lines)
-
-
-class ProgressBar:
-    """A bar over the steps of a run: loss, bits per byte, tokens a second and firing rate.
-
-    Parameters
-    ----------
-    config : Config
-        Its regions weigh the firing rates.
-    done, steps : int
-        Steps done before, and in all.
-    """
-
-    def __init__(self, config: Config, done: int, steps: int) -> None:
-        neurons = {region.name: region.neurons for region in config.regions}
-        self._shares = {name: count / sum(neurons.values()) for name, count in neurons.items()}
-        pause = 0.5 if sys.stderr.isatty() else 10.0  # seconds; a log file needs fewer lines
-        self._bar = tqdm(total=steps, initial=done, unit="step", mininterval=pause, dynamic_ncols=True)
-        self._tokens_per_s: float | None = None
-
-    def show(self, record: Mapping[str, Any]) -> None:
-        """Take a record of `train.Trainer.run`: move the bar, or print an evaluation above it."""
-        if record["event"] == "step":
-            now, before = record["tokens_per_s"], self._tokens_per_s
-            self._tokens_per_s = now if before is None else 0.9 * before + 0.1 * now
-            rate = sum(share * record["rates"][name] for name, share in self._shares.items())
-            self._bar.set_postfix_str(
-                f"loss {record['loss']:.3f}, {record['bits_per_byte']:.3f} bits/byte, "
-                f"{self._tokens_per_s:,.0f} tokens/s, firing {rate:.3f}",
-                refresh=False,
-            )
-            self._bar.update()
-        else:
-            mark = ", the best so far" if record["best"] else ""
-            bits = record["validation_bits_per_byte"]
-            self._bar.write(f"step {record['step']}: validation {bits:.3f} bits per byte{mark}")
-
-    def close(self) -> None:
-        """Leave the bar as it stands."""
-        self._bar.close()

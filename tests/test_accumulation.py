@@ -69,7 +69,8 @@ def test_the_first_step_leaves_the_same_state_bit_for_bit() -> None:
     resets = np.zeros(ids.shape, np.bool_)
     states = []
     for accumulate in (1, 2, 8):
-        model = NeuroGen(PLAIN, "cpu", streams=STREAMS // accumulate, max_tokens=TOKENS, threads=1, accumulate=accumulate)
+        sizes = {"streams": STREAMS // accumulate, "accumulate": accumulate}
+        model = NeuroGen(PLAIN, "cpu", **sizes, max_tokens=TOKENS, threads=1)
         groups = StreamGroups(model)
         groups.train_step(ids, targets, resets, 1e-3)
         states.append({key: a.tobytes() for key, a in groups.state().items()})

@@ -20,6 +20,7 @@ from neurogen_cy.connectome import initial_parameters
 from neurogen_cy.optimizer import AdamW
 from neurogen_cy.results import StepResult
 from neurogen_cy.sizes import check_memory, integer, model_sizes
+from neurogen_cy.tokenization import Tokenizer
 
 FLOAT_MAX = float(np.finfo(np.float32).max)
 
@@ -382,14 +383,16 @@ class NeuroGen:
 
     def save(
         self, directory: str | os.PathLike[str], cursor: Mapping[str, Any] | None = None,
-        extra: Mapping[str, Any] | None = None, state: Mapping[str, NDArray[np.float32]] | None = None,
+        extra: Mapping[str, Any] | None = None, tokenizer: Tokenizer | None = None,
+        state: Mapping[str, NDArray[np.float32]] | None = None,
     ) -> None:
         """Write a checkpoint directory: weights, moments, neuron state, config, step and what the caller adds.
 
-        `cursor` (where the data stream stands) and `extra` are JSON-able and come back in `meta.json`; `state` is
-        kept instead of the model's own, of any number of streams.
+        `cursor` (where the data stream stands) and `extra` are JSON-able and come back in `meta.json`; `tokenizer` is
+        kept with its file, and `tokenization.load_saved` gives it back wherever the checkpoint is moved to. `state`
+        is kept instead of the model's own, of any number of streams.
         """
-        persistence.save(self, directory, cursor, extra, state)
+        persistence.save(self, directory, cursor, extra, tokenizer, state)
 
     @classmethod
     def load(

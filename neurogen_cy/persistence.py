@@ -15,6 +15,7 @@ from neurogen_cy.checkpoint import CheckpointError
 from neurogen_cy.config import Config
 from neurogen_cy.connectome import parameter_shapes
 from neurogen_cy.optimizer import AdamW
+from neurogen_cy.tokenization import Tokenizer
 
 if TYPE_CHECKING:
     from neurogen_cy.model import NeuroGen
@@ -24,9 +25,13 @@ MOMENTS = ("moment1", "moment2")
 
 def save(
     model: NeuroGen, directory: str | os.PathLike[str], cursor: Mapping[str, Any] | None,
-    extra: Mapping[str, Any] | None, state: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None, tokenizer: Tokenizer | None = None, state: Mapping[str, Any] | None = None,
 ) -> None:
     """See `NeuroGen.save`."""
+    if tokenizer is not None and tokenizer.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"tokenizer: expected one of {model.config.vocab_size} tokens, as the model has, got {tokenizer.vocab_size}"
+        )
     state = model.state() if state is None else dict(state)
     moments = model._engine.moments()
     tensors = {
@@ -49,8 +54,9 @@ def save(
         "nonfinite": model.nonfinite,
         "cursor": None if cursor is None else dict(cursor),
         "extra": None if extra is None else dict(extra),
+        "tokenizer": None if tokenizer is None else tokenizer.to_dict(),
     }
-    checkpoint.write(directory, tensors, meta)
+    checkpoint.write(directory, tensors, meta, None if tokenizer is None else tokenizer.files())
 
 
 def _host(view: Any) -> Any:

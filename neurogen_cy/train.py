@@ -17,11 +17,13 @@ from typing import Any
 
 from neurogen_cy import checkpoint, keeping
 from neurogen_cy.callbacks import Callback, EarlyStop, Metrics, Record, TimeBudget
-from neurogen_cy.data import ByteStreams, evaluation_streams
 from neurogen_cy.model import NeuroGen
 from neurogen_cy.results import StepResult
 from neurogen_cy.signals import Stop, stop_on_signals
 from neurogen_cy.stream_groups import StreamGroups
+from neurogen_cy.streams import TokenStreams, held_out
+from neurogen_cy.tokenization import ByteTokenizer, Tokenizer
+from neurogen_cy.tokens import Tokens
 from neurogen_cy.train_settings import TrainSettings
 
 LAST, BEST, METRICS = "last", "best", Metrics.FILE
@@ -37,8 +39,9 @@ class Trainer:
     ----------
     model : NeuroGen
         Its `streams`, `accumulate` and `max_tokens` are the `B`, `N` and `T` of a step, which reads `N * B` streams.
-    training, validation : bytes
-        Text to train on, at least `N * B * T + 1` bytes, and to evaluate on, at least 17.
+    training, validation : Tokens or bytes
+        Text to train on, at least `N * B * T + 1` tokens, and to evaluate on, at least 17. Of a corpus
+        (`ng.open_corpus`) they are its parts; bytes are one document of a byte model.
     settings : TrainSettings
     out : path
         Folder of the run; made if absent.
@@ -46,11 +49,15 @@ class Trainer:
         JSON-able facts, such as the corpus, kept in every checkpoint beside the run's own.
     callbacks : sequence of Callback
         Called in this order, after those that write the metrics and stop by `patience` and `max_minutes`.
+    tokenizer : Tokenizer, optional
+        Kept in every checkpoint, so that it can write without the file; bytes by default.
 
     Attributes
     ----------
     best, validation : float or None
-        Lowest and newest validation loss, nats a byte.
+        Lowest and newest validation loss, nats a token.
+    evaluated : Tokens
+        What of the validation text is evaluated.
     best_step, since_best : int
         Step of the best evaluation, and how many there were after it.
     tokens : int
@@ -59,7 +66,7 @@ class Trainer:
     Raises
     ------
     ValueError
-        If a text is too short.
+        If a text is too short, or the model has another number of tokens than the tokenizer.
 
     Examples
     --------
@@ -73,13 +80,20 @@ class Trainer:
     def __init__(
         self,
         model: NeuroGen,
-        training: bytes,
-        validation: bytes,
+        training: Tokens | bytes,
+        validation: Tokens | bytes,
         settings: TrainSettings | None = None,
         out: str | os.PathLike[str] = "run",
         about: Mapping[str, Any] | None = None,
         callbacks: Sequence[Callback] = (),
+        tokenizer: Tokenizer | None = None,
     ) -> None:
+        self.tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
+        if self.tokenizer.vocab_size != model.config.vocab_size:
+            raise ValueError(
+                f"expected a model of the tokenizer's {self.tokenizer.vocab_size} tokens, got one of "
+                f"{model.config.vocab_size}"
+            )
         self.model = model
         self.out = Path(out)
         self.about = dict(about or {})
@@ -88,8 +102,10 @@ class Trainer:
         self.validation: float | None = None
         self._groups = StreamGroups(model)
         self.settings = (settings or TrainSettings()).within_budget(self._groups.streams * model.max_tokens)
-        self._reader = ByteStreams(training, self._groups.streams, model.max_tokens)
-        self._held_out = evaluation_streams(validation)
+        self.training = _tokens(training)
+        self.evaluated = _tokens(validation).head(self.settings.evaluate_tokens)
+        self._reader = TokenStreams(self.training, self._groups.streams, model.max_tokens)
+        self._held_out = held_out(self.evaluated)
         self._elapsed, self._begun = 0.0, time.perf_counter()
         self._skipped = 0  # in a row
         self._restored = False
@@ -134,9 +150,9 @@ class Trainer:
         """Train until all steps are done or somebody asks to stop, then save.
 
         Every record goes to the callbacks, the first of which writes it into `metrics.jsonl`. All have `event`, `step`,
-        `tokens` (read so far) and `elapsed` (seconds). "step": `loss` (nats), `bits_per_byte`, `accuracy`,
+        `tokens` (read so far) and `elapsed` (seconds). "step": `loss` (nats a token), `bits_per_byte`, `accuracy`,
         `homeostasis`, `lr`, `grad_norm`, `rates` (spikes a neuron and token, by region), `tokens_per_s`. "skip":
-        `skipped`, how many were by now. "evaluation": `validation_loss` (nats a byte), `validation_bits_per_byte`,
+        `skipped`, how many were by now. "evaluation": `validation_loss` (nats a token), `validation_bits_per_byte`,
         `best`. "sample": `prompt`, `text`.
 
         Returns
@@ -196,7 +212,8 @@ class Trainer:
             "elapsed": self._elapsed,
         }
         path = self.out / name
-        model.save(path, self._reader.cursor, {**self.about, "run": run}, self._groups.state())
+        extra = {**self.about, "run": run}
+        model.save(path, self._reader.cursor, extra, self.tokenizer, self._groups.state())
         self._tell("on_save", path)
 
     def _loop(self) -> None:
@@ -246,7 +263,7 @@ class Trainer:
             "step": self.model.step,
             "tokens": self.tokens,
             "loss": result.loss,
-            "bits_per_byte": result.loss / math.log(2),
+            "bits_per_byte": self.training.bits_per_byte(result.loss),
             "accuracy": result.accuracy,
             "homeostasis": result.homeostasis,
             "lr": lr,
@@ -271,7 +288,7 @@ class Trainer:
             "step": step,
             "tokens": self.tokens,
             "validation_loss": loss,
-            "validation_bits_per_byte": loss / math.log(2),
+            "validation_bits_per_byte": self.evaluated.bits_per_byte(loss),
             "best": best,
         })
 
@@ -296,3 +313,7 @@ def settings_of(run: Mapping[str, Any], **changed: Any) -> TrainSettings:
     """Return the settings of a run to go on with: its own but for `max_minutes`, and what is changed."""
     kept = {field.name: run[field.name] for field in fields(TrainSettings)}
     return replace(TrainSettings(**kept), **{"max_minutes": None, **changed})
+
+
+def _tokens(text: Tokens | bytes) -> Tokens:
+    return text if isinstance(text, Tokens) else Tokens.of_bytes(text)

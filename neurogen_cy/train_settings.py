@@ -20,6 +20,8 @@ class TrainSettings:
         Steps over which the rate rises linearly to `lr`; then it falls to 0 along a cosine.
     evaluate_every, save_every : int
         Steps between evaluations, and between checkpoints in `last`; both also happen at the end.
+    evaluate_tokens : int
+        Of the validation text, about the first so many are evaluated.
     save_minutes : float, optional
         `last` is written after so many minutes too, whatever the step.
     keep : int
@@ -44,6 +46,7 @@ class TrainSettings:
     warmup: int = 200
     evaluate_every: int = 100
     save_every: int = 100
+    evaluate_tokens: int = 1 << 18
     save_minutes: float | None = None
     keep: int = 0
     patience: int | None = None
@@ -52,7 +55,8 @@ class TrainSettings:
     max_minutes: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "evaluate_every", "save_every", "patience", "sample_every", "max_tokens"):
+        counts = ("steps", "evaluate_every", "save_every", "evaluate_tokens", "patience", "sample_every", "max_tokens")
+        for name in counts:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"expected {name} >= 1, got {value}")

@@ -68,8 +68,9 @@ def generate(
     continuations of one, are written side by side and printed one after another.
     """
     with usage_errors():
-        prompts = [*given, *(line for line in (file or "") if (line := line.rstrip("\n")))] or ["\n"]
-        if file is not None and len(prompts) == len(given):
+        lines = [text for line in file or () if (text := line.rstrip("\n"))]
+        prompts = [*given, *lines] or ["\n"]
+        if file is not None and not lines:
             raise ValueError(f"--prompts: expected texts in {file.name}, one a line, got none")
         if not all(prompts):
             raise ValueError("--prompt: expected at least one character, got an empty text")
@@ -95,7 +96,7 @@ def _print_objects(
 ) -> None:
     for _ in pieces:
         pass
-    for number, (prompt, one) in enumerate(zip(prompts, several)):
+    for number, (prompt, one) in enumerate(zip(prompts, several), start=1):
         facts = {"number": number, "prompt": shown(prompt), "text": one.text, "tokens": one.tokens,
                  "ending": one.ending, "seed": seed}
         click.echo(json.dumps(facts, ensure_ascii=False))

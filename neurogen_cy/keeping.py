@@ -48,7 +48,7 @@ def keep(saved: Path, step: int, newest: int) -> None:
     atomic.replace(place, share)
     found = kept_steps(saved.parent)
     order = [*(s for s in found if s > step), *(s for s in found if s <= step)]
-    for old in order[: len(order) - newest]:
+    for old in order[: max(0, len(order) - newest)]:
         _remove(found[old])
 
 

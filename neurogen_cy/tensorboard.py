@@ -42,7 +42,8 @@ class TensorBoard(Callback):
     def on_begin(self, trainer: Trainer) -> None:
         """Open a new event file; what an earlier one has of later steps is marked as void."""
         folder = self._folder or trainer.out / "tensorboard"
-        self._writer = self._writer_of(str(folder), purge_step=trainer.model.step + 1)
+        step = trainer.model.step  # in the name: files are told apart by the second alone, and a resume can be quicker
+        self._writer = self._writer_of(str(folder), purge_step=step + 1, filename_suffix=f".{step}")
 
     def on_step(self, trainer: Trainer, record: Record) -> None:
         """Write the numbers."""

@@ -28,6 +28,9 @@ from neurogen_cy.train_settings import TrainSettings
 
 LAST, BEST, METRICS = "last", "best", Metrics.FILE
 
+KEPT = ("best", "best_step", "since_best", "validation", "validation_step")
+"""Attributes of a trainer that a checkpoint keeps as they are."""
+
 MOST_SKIPPED = 100
 """So many steps in a row that are not finite end a run: nothing is learnt any more."""
 
@@ -58,8 +61,8 @@ class Trainer:
         Lowest and newest validation loss, nats a token.
     evaluated : Tokens
         What of the validation text is evaluated.
-    best_step, since_best : int
-        Step of the best evaluation, and how many there were after it.
+    best_step, validation_step, since_best : int
+        Steps of these two evaluations, and how many there were since the best.
     tokens : int
         Tokens read so far.
 
@@ -98,7 +101,7 @@ class Trainer:
         self.out = Path(out)
         self.about = dict(about or {})
         self.best: float | None = None
-        self.best_step = self.since_best = self.tokens = 0
+        self.best_step = self.validation_step = self.since_best = self.tokens = 0
         self.validation: float | None = None
         self._groups = StreamGroups(model)
         self.settings = (settings or TrainSettings()).within_budget(self._groups.streams * model.max_tokens)
@@ -133,8 +136,9 @@ class Trainer:
         self._reader.cursor = meta["cursor"]
         if self.model.streams != meta["streams"]:
             self._groups.load_state(checkpoint.read(saved, ("state",))[0]["state"])
-        self.best, self.validation, self._elapsed = run["best"], run["validation"], run["elapsed"]
-        self.best_step, self.since_best, self.tokens = run["best_step"], run["since_best"], run["tokens_read"]
+        for name in KEPT:
+            setattr(self, name, run[name])
+        self.tokens, self._elapsed = run["tokens_read"], run["elapsed"]
         self._restored = True
 
     @property
@@ -204,10 +208,7 @@ class Trainer:
             "accumulate": model.accumulate,
             "tokens": model.max_tokens,
             "seed": model.seed,
-            "best": self.best,
-            "best_step": self.best_step,
-            "since_best": self.since_best,
-            "validation": self.validation,
+            **{name: getattr(self, name) for name in KEPT},
             "tokens_read": self.tokens,
             "elapsed": self._elapsed,
         }
@@ -277,7 +278,7 @@ class Trainer:
         loss = self.model.evaluate(*self._held_out)
         if not math.isfinite(loss):
             raise FloatingPointError(f"step {step}: expected a finite validation loss, got {loss}")
-        self.validation = loss
+        self.validation, self.validation_step = loss, step
         best = self.best is None or loss < self.best
         self.since_best = 0 if best else self.since_best + 1
         if best:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from neurogen_cy.streams import ByteStreams, TokenStreams, evaluation_streams, held_out
 
 __all__ = [
-    "ByteStreams", "TokenStreams", "default_corpus", "describe", "evaluation_streams", "held_out", "read_corpus", "split",
+    "ByteStreams", "TokenStreams", "default_corpus", "describe", "evaluation_streams", "held_out", "read_corpus",
+    "split",
 ]  # fmt: skip
 
 SEPARATOR = b"\n"
@@ -79,7 +79,7 @@ def read_corpus(path: str | os.PathLike[str]) -> tuple[bytes, dict[str, Any]]:
     """
     root = Path(path)
     if root.is_dir():
-        files = [p for p in _visible_files(root) if p.stat().st_size > 0]
+        files = [p for p in visible_files(root) if p.stat().st_size > 0]
         if not files:
             raise ValueError(f"expected text files below {root}, got none that is visible and not empty")
     elif root.is_file():
@@ -110,7 +110,7 @@ def split(data: bytes, fraction: float = 0.9) -> tuple[bytes, bytes]:
     return data[:cut], data[cut:]
 
 
-def _visible_files(root: Path) -> list[Path]:
+def visible_files(root: Path) -> list[Path]:
     """Return the regular files below `root` that are not hidden, ordered by relative path."""
     found: list[Path] = []
     for folder, folders, names in os.walk(root):

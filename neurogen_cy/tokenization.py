@@ -31,9 +31,6 @@ MAX_VOCABULARY = 1 << 24
 MAX_FILE = 1 << 29
 """Largest tokenizer file in bytes: what is larger was meant as something else."""
 
-SEPARATOR = b"\n"
-"""What stands between two documents where a tokenizer has no token for it."""
-
 
 class InvalidTextError(ValueError):
     """Text that this tokenizer cannot hold; `offset` is where in it, in bytes."""
@@ -105,7 +102,7 @@ class Tokenizer(ABC):
     @property
     def separator(self) -> Int32:
         """What stands between two documents: `end`, or else a new line."""
-        return self.encode(SEPARATOR) if self.end is None else np.array([self.end], np.int32)
+        return self.encode(b"\n") if self.end is None else np.array([self.end], np.int32)
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-able facts: `kind`, `vocab_size`, `sha256`, `file`."""
@@ -194,7 +191,8 @@ def load(path: str | os.PathLike[str] | None) -> Tokenizer:
     if file.stat().st_size > MAX_FILE:
         raise ValueError(f"{file}: expected a tokenizer of at most {MAX_FILE:,} bytes, got {file.stat().st_size:,}")
     raw = file.read_bytes()
-    return from_bytes("json" if raw.lstrip()[:1] in (b"{", b"[") or file.suffix == ".json" else "sentencepiece", raw, file)
+    written = raw.lstrip()[:1] in (b"{", b"[") or file.suffix == ".json"
+    return from_bytes("json" if written else "sentencepiece", raw, file)
 
 
 FILES = {"json": "tokenizer.json", "sentencepiece": "tokenizer.model"}
@@ -264,8 +262,9 @@ def expect_same(tokenizer: Tokenizer, saved: Tokenizer) -> None:
     """Raise ValueError unless both are the same tokenizer; `saved` is a checkpoint's."""
     if tokenizer.sha256 != saved.sha256 or tokenizer.kind != saved.kind:
         raise ValueError(
-            f"expected the tokenizer of the checkpoint ({saved.kind}, {saved.vocab_size} tokens, sha256 {saved.sha256}), "
-            f"got another ({tokenizer.kind}, {tokenizer.vocab_size} tokens, sha256 {tokenizer.sha256})"
+            f"expected the tokenizer of the checkpoint ({saved.kind}, {saved.vocab_size} tokens, "
+            f"sha256 {saved.sha256}), got another ({tokenizer.kind}, {tokenizer.vocab_size} tokens, "
+            f"sha256 {tokenizer.sha256})"
         )
 
 

@@ -118,13 +118,18 @@ def test_resume_into_another_folder_leaves_the_first_alone(run: Run, tmp_path: P
 def test_resume_keeps_the_settings(run: Run, tmp_path: Path) -> None:
     out = ("--resume", "auto", "--out", "runs/brain")
     for option, value, former in (
-        ("--streams", 3, 2),
         ("--tokens", 8, 16),
         ("--lr", 0.1, 0.004),
         ("--seed", 4, 3),
+        ("--warmup", 5, 2),
+        ("--dropout", 0.5, 0.0),
+        ("--weight-decay", 0.1, 0.5),
+        ("--clip", 0.1, 1.0),
     ):
         result = run("train", *out, option, value, status=2)
         assert f"{option}: expected {former}, as in runs/brain/last, got {value}" in result.output
+    for grouping in (["--streams", 3], ["--accumulate", 3], ["--accumulate", "2x2"]):
+        assert "expected 2 streams in all, as the run has" in run("train", *out, *grouping, status=2).output
     assert (
         "--preset: expected the connectome brain of runs/brain/last"
         in run("train", *out, "--preset", "tiny", status=2).output
@@ -168,6 +173,15 @@ def test_resume_keeps_the_settings(run: Run, tmp_path: Path) -> None:
         (["--resume", "absent"], "absent: expected a checkpoint directory, got no such path"),
         (["--resume", "auto", "--out", "runs/brain/last"], "expected the folder of a run, got a checkpoint"),
         (["--no-such-option"], "No such option"),
+        (["--accumulate", "2x"], "expected N or NxB as in 2x32, whole numbers >= 1, got '2x'"),
+        (["--accumulate", "2x32", "--streams", "64", "--out", "new"], "as --accumulate 2x32 says it, got 64"),
+        (["--max-tokens", "10", "--out", "new"], "expected max_tokens of at least a step, 1024, got 10"),
+        (["--tokenizer", "text.txt", "--out", "new"], "text.txt"),
+        (["--tokenizer", "absent.json", "--out", "new"], "absent.json"),
+        (["--validation", "absent.txt", "--data", "text.txt", "--out", "new"], "absent.txt"),
+        (["--clip", "-1", "--out", "new"], "clip: expected a finite number >= 0, got -1.0"),
+        (["--dropout", "1", "--out", "new"], "dropout"),
+        (["--nonfinite", "hope"], "'hope' is not one of 'raise', 'skip'"),
     ],
 )
 def test_train_refuses(run: Run, arguments: list[str], message: str) -> None:

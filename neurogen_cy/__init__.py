@@ -12,6 +12,7 @@ from neurogen_cy.checkpoint import CheckpointError
 from neurogen_cy.config import Config, Projection, Region
 from neurogen_cy.model import NeuroGen
 from neurogen_cy.optimizer import AdamW
+from neurogen_cy.recorder import Recording
 from neurogen_cy.results import StepResult
 from neurogen_cy.sizes import memory_plan
 
@@ -23,6 +24,7 @@ __all__ = [
     "Decoder",
     "NeuroGen",
     "Projection",
+    "Recording",
     "Region",
     "StepResult",
     "TokenEmbedding",

@@ -6,6 +6,7 @@ import os as _os
 # Beside one other busy process on two cores, a step of `tiny` took 94 ms instead of 128.
 _os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+from neurogen_cy import plots
 from neurogen_cy._cpu import Brain, Decoder, TokenEmbedding
 from neurogen_cy._version import __version__
 from neurogen_cy.checkpoint import CheckpointError
@@ -30,4 +31,5 @@ __all__ = [
     "TokenEmbedding",
     "__version__",
     "memory_plan",
+    "plots",
 ]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neurogen_cy.plots_activity import gates, heard, histograms, raster
+from neurogen_cy.plots_activity import Tokens, gates, heard, histograms, raster
 from neurogen_cy.plots_connectome import connectome
 from neurogen_cy.plots_run import curves
 from neurogen_cy.plots_style import save, styled, unavailable
@@ -34,14 +34,14 @@ KINDS = ("curves", "connectome", "raster", "gates", "histograms")
 
 FORMATS = ("png", "svg")
 FOLDER = "pictures"
-SENTENCE = "The brain hears a sentence, byte by byte, and says what it expects to come next."
+SENTENCE = "The brain hears a sentence, and says at every token what it expects next."
 
 
 def run_pictures(
     run: str | os.PathLike[str],
     model: NeuroGen | None = None,
     text: Any = None,
-    labels: Sequence[str] | None = None,
+    tokenizer: Tokens | None = None,
     formats: Sequence[str] = FORMATS,
 ) -> list[Path]:
     """Draw all pictures of a run into its folder `pictures`.
@@ -52,10 +52,8 @@ def run_pictures(
         Folder of the run, with its `metrics.jsonl`.
     model : NeuroGen, optional
         Whose connectome and activity to draw; nothing of it changes. The run's best checkpoint by default, on the CPU.
-    text : str, bytes, int array [L] or Recording, optional
-        What it hears; see `raster`. By default a sentence, for models of bytes.
-    labels : sequence of str, optional
-        What stands under each token.
+    text, tokenizer
+        What it hears, by default a sentence; see `raster`.
     formats : sequence of str
         "png", "svg" or both.
 
@@ -78,28 +76,28 @@ def run_pictures(
         from neurogen_cy.train import BEST
 
         model = NeuroGen.load(run / BEST, backend="cpu", streams=1)
-    pictures = {"curves": lambda: curves(run), **model_pictures(model, text, labels)}
+    pictures = {"curves": lambda: curves(run), **model_pictures(model, text, tokenizer)}
     return write(pictures, run / FOLDER, formats)
 
 
 def model_pictures(
-    model: NeuroGen, text: Any = None, labels: Sequence[str] | None = None
+    model: NeuroGen, text: Any = None, tokenizer: Tokens | None = None
 ) -> dict[str, Callable[[], Figure]]:
     """Return what draws the pictures of a model that hears a text (once for all of them), by their names.
 
     Parameters
     ----------
-    model, text, labels
+    model, text, tokenizer
         As for `run_pictures`.
     """
     config = model.config
-    record = heard(model, SENTENCE if text is None else text)
+    record = heard(model, SENTENCE if text is None else text, tokenizer)
     out: dict[str, Callable[[], Figure]] = {
         "connectome": lambda: connectome(config),
-        "raster": lambda: raster(model, record, labels),
+        "raster": lambda: raster(model, record, tokenizer),
     }
     if record.gates:
-        out["gates"] = lambda: gates(model, record, labels)
+        out["gates"] = lambda: gates(model, record, tokenizer)
     out["histograms"] = lambda: histograms(model, record)
     return out
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,34 +22,49 @@ SHOWN = 128  # neurons of a region in a raster, at most: more would be finer tha
 BINS = 40
 
 
-def byte_labels(ids: NDArray[Any]) -> list[str]:
-    """Return what stands under the axis for each byte: its character, a sign for a blank, else two hex digits."""
-    special = {10: "\u21b5", 32: "\u2423", 9: "\u2192"}
-    return [special.get(int(i)) or (chr(i) if 32 < i < 127 else f"{int(i):02x}") for i in ids]
+class Tokens(Protocol):
+    """What is needed of a tokenizer."""
+
+    def encode(self, text: bytes | str) -> NDArray[Any]:
+        """Return the ids of a text."""
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """Return the text of ids."""
 
 
-def heard(model: NeuroGen, text: Any) -> Recording:
-    """Return the record of a text: str (as UTF-8) or bytes for a model of bytes, token ids, or a Recording as it is."""
+def heard(model: NeuroGen, text: Any, tokenizer: Tokens | None = None) -> Recording:
+    """Return the record of a text.
+
+    Parameters
+    ----------
+    model : NeuroGen
+    text : str, bytes, int array [S, L] or [L], or Recording
+        A Recording comes back as it is. Without a tokenizer, str (as UTF-8) and bytes are for models of bytes.
+    tokenizer : Tokenizer, optional
+        Whose ids the model was trained on.
+    """
     if isinstance(text, Recording):
         return text
-    if isinstance(text, str):
-        text = text.encode("utf-8", "surrogateescape")
-    if isinstance(text, (bytes, bytearray, memoryview)):
-        if model.config.vocab_size != 256:
+    if isinstance(text, (str, bytes)):
+        if not text:
+            raise ValueError("text: expected at least one character, got an empty text")
+        if tokenizer is not None:
+            text = tokenizer.encode(text)
+        elif model.config.vocab_size == 256:
+            text = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
+            text = np.frombuffer(text, np.uint8).astype(np.int32)
+        else:
             raise ValueError(
-                f"text: expected token ids for a model with a vocabulary of {model.config.vocab_size}, got a text: "
-                "encode it with the model's tokenizer"
+                f"text: expected token ids, or a tokenizer, for a model with a vocabulary of {model.config.vocab_size}, "
+                "got a text alone"
             )
-        text = np.frombuffer(text, np.uint8).astype(np.int32)
     return model.record(text)
 
 
-def _labels(model: NeuroGen, ids: NDArray[Any], labels: Sequence[str] | None) -> list[str]:
-    if labels is None:
-        return byte_labels(ids) if model.config.vocab_size == 256 else [str(i) for i in ids.tolist()]
-    if len(labels) != len(ids):
-        raise ValueError(f"labels: expected {len(ids)}, one for each token, got {len(labels)}")
-    return [style.printable(label) for label in labels]
+def _labels(model: NeuroGen, ids: NDArray[Any], tokenizer: Tokens | None) -> list[str]:
+    if tokenizer is not None:
+        return [style.token_label(tokenizer.decode_bytes([int(i)])) for i in ids]
+    return [style.token_label(bytes([i])) if model.config.vocab_size == 256 else str(i) for i in ids.tolist()]
 
 
 def _upwards(config: Config) -> list[Any]:
@@ -62,17 +77,17 @@ def _width(tokens: int) -> float:
 
 
 @style.picture
-def raster(model: NeuroGen, text: Any, labels: Sequence[str] | None = None) -> Figure:
+def raster(model: NeuroGen, text: Any, tokenizer: Tokens | None = None) -> Figure:
     """Draw which neurons spike at which token, region by region, the input at the bottom.
 
     Parameters
     ----------
     model : NeuroGen
         Hears the text from zero state; its own state is not touched.
-    text : str, bytes, int array [L] or Recording
-        str and bytes for models of bytes. Of a Recording, the first stream is drawn.
-    labels : sequence of str, optional
-        What stands under each token; by default its character, or its number where tokens are not bytes.
+    text : str, bytes, int array [S, L] or [L], or Recording
+        Of several streams the first is drawn.
+    tokenizer : Tokenizer, optional
+        Of models whose tokens are not bytes: takes the text apart, and says what stands under each token.
 
     Returns
     -------
@@ -82,10 +97,10 @@ def raster(model: NeuroGen, text: Any, labels: Sequence[str] | None = None) -> F
     Raises
     ------
     ValueError
-        If the text is empty or there are not as many labels as tokens.
+        If the text is empty, or is not one for this model.
     """
-    record = heard(model, text)
-    names = _labels(model, record.ids[0], labels)
+    record = heard(model, text, tokenizer)
+    names = _labels(model, record.ids[0], tokenizer)
     regions = _upwards(model.config)
     shown = [np.unique(np.linspace(0, r.neurons - 1, min(r.neurons, SHOWN)).round().astype(int)) for r in regions]
     heights = [0.35 + len(rows) / SHOWN for rows in shown]
@@ -122,12 +137,12 @@ def _spikes(axes: Axes, spikes: NDArray[Any], graded: bool, top: float) -> Any:
 
 
 @style.picture
-def gates(model: NeuroGen, text: Any, labels: Sequence[str] | None = None) -> Figure:
+def gates(model: NeuroGen, text: Any, tokenizer: Tokens | None = None) -> Figure:
     """Draw what the gates of each gated region do over a text: 0 shuts the drive off, 1 lets it through, 2 doubles it.
 
     Parameters
     ----------
-    model, text, labels
+    model, text, tokenizer
         As for `raster`.
 
     Returns
@@ -138,10 +153,10 @@ def gates(model: NeuroGen, text: Any, labels: Sequence[str] | None = None) -> Fi
     Raises
     ------
     ValueError
-        If no region has a gate, the text is empty, or there are not as many labels as tokens.
+        If no region has a gate, the text is empty, or is not one for this model.
     """
-    record = heard(model, text)
-    names = _labels(model, record.ids[0], labels)
+    record = heard(model, text, tokenizer)
+    names = _labels(model, record.ids[0], tokenizer)
     regions = [region for region in _upwards(model.config) if region.name in record.gates]
     if not regions:
         raise ValueError("expected a connectome with gates, got one without projections of kind 'gate'")
@@ -170,25 +185,25 @@ def _gating(config: Config, name: str) -> list[str]:
 
 
 @style.picture
-def histograms(model: NeuroGen, text: Any) -> Figure:
+def histograms(model: NeuroGen, text: Any, tokenizer: Tokens | None = None) -> Figure:
     """Draw how firing rates and membrane potentials are spread in each region while a text is heard.
 
     Parameters
     ----------
-    model, text
-        As for `raster`; of a Recording, all streams count.
+    model, text, tokenizer
+        As for `raster`; all streams count.
 
     Returns
     -------
     matplotlib.figure.Figure
-        A row of two panels for each region. Potentials beyond the axis are counted in the outermost bars.
+        A row of two panels for each region. Potentials beyond it are counted in the outermost bars.
 
     Raises
     ------
     ValueError
-        If the text is empty.
+        If the text is empty, or is not one for this model.
     """
-    record = heard(model, text)
+    record = heard(model, text, tokenizer)
     regions = _upwards(model.config)
     tokens = record.ids.size
     figure = style.new_figure(9, 0.8 + 1.35 * len(regions))
@@ -217,5 +232,5 @@ def histograms(model: NeuroGen, text: Any) -> Figure:
         right.set_ylabel("share of values")
         right.legend(loc="upper left")
     panels[-1, 0].set_xlabel(f"firing rate (spikes per token), over {tokens:,} tokens")
-    panels[-1, 1].set_xlabel("membrane potential v (thresholds)")
+    panels[-1, 1].set_xlabel("membrane potential v (thresholds); outermost bars: all beyond")
     return figure

@@ -113,12 +113,16 @@ def _glyphs() -> frozenset[int]:
     return frozenset(FT2Font(findfont("DejaVu Sans Mono")).get_charmap())
 
 
-def printable(token: str) -> str:
-    """Return a token as it can stand under an axis: blanks shown, what the font lacks as an escape."""
+def token_label(token: bytes) -> str:
+    """Return a token as it can stand under an axis: signs for blanks, escapes for what the font lacks, hex for bytes."""
     shown = {" ": "\u2423", "\n": "\u21b5", "\t": "\u2192"}
+    try:
+        text = token.decode("utf-8")
+    except UnicodeDecodeError:
+        return token.hex()
     return "".join(
         shown.get(c) or (c if c.isprintable() and ord(c) in _glyphs() else c.encode("unicode_escape").decode())
-        for c in token
+        for c in text
     )
 
 
@@ -129,7 +133,7 @@ def token_axis(axes: Axes, labels: Sequence[str], inches: float) -> None:
     count = len(labels)
     axes.set_xlim(-0.5, count - 0.5)
     axes.xaxis.set_minor_locator(NullLocator())
-    widest = max(len(label) for label in labels)
+    widest = max(map(len, labels))
     if count * 0.1 <= inches:
         axes.set_xticks(range(count), labels)
         upright = widest > 1 and widest * count * 0.1 > inches

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from neurogen_cy.plots_activity import Tokens, gates, heard, histograms, raster
 from neurogen_cy.plots_connectome import connectome
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from neurogen_cy.model import NeuroGen
 
 __all__ = [
-    "FOLDER", "FORMATS", "KINDS", "SENTENCE", "connectome", "curves", "gates", "histograms", "model_pictures", "raster",
-    "run_pictures", "save", "unavailable",
+    "FOLDER", "FORMATS", "KINDS", "SENTENCE", "Pictures", "connectome", "curves", "gates", "histograms",
+    "model_pictures", "raster", "run_pictures", "save", "unavailable", "write",
 ]  # fmt: skip
 
 KINDS = ("curves", "connectome", "raster", "gates", "histograms")
@@ -34,6 +34,9 @@ KINDS = ("curves", "connectome", "raster", "gates", "histograms")
 
 FORMATS = ("png", "svg")
 FOLDER = "pictures"
+Pictures: TypeAlias = "dict[str, Callable[[], Figure]]"
+"""What draws each picture, by its name."""
+
 SENTENCE = "The brain hears a sentence, and says at every token what it expects next."
 
 
@@ -80,9 +83,7 @@ def run_pictures(
     return write(pictures, run / FOLDER, formats)
 
 
-def model_pictures(
-    model: NeuroGen, text: Any = None, tokenizer: Tokens | None = None
-) -> dict[str, Callable[[], Figure]]:
+def model_pictures(model: NeuroGen, text: Any = None, tokenizer: Tokens | None = None) -> Pictures:
     """Return what draws the pictures of a model that hears a text (once for all of them), by their names.
 
     Parameters
@@ -92,7 +93,7 @@ def model_pictures(
     """
     config = model.config
     record = heard(model, SENTENCE if text is None else text, tokenizer)
-    out: dict[str, Callable[[], Figure]] = {
+    out: Pictures = {
         "connectome": lambda: connectome(config),
         "raster": lambda: raster(model, record, tokenizer),
     }
@@ -102,7 +103,7 @@ def model_pictures(
     return out
 
 
-def write(pictures: dict[str, Callable[[], Figure]], folder: Path, formats: Iterable[str]) -> list[Path]:
+def write(pictures: Pictures, folder: Path, formats: Iterable[str]) -> list[Path]:
     """Draw pictures and write each in every format; return the files in order."""
     for kind in formats:
         if kind not in FORMATS:

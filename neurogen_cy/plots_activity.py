@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from neurogen_cy.model import NeuroGen
 
 SHOWN = 128  # neurons of a region in a raster, at most: more would be finer than a pixel
+SPAN = 400  # tokens of a raster or of gates, at most
 BINS = 40
 
 
@@ -55,10 +56,9 @@ def heard(model: NeuroGen, text: Any, tokenizer: Tokens | None = None) -> Record
             text = np.frombuffer(text, np.uint8).astype(np.int32)
         else:
             raise ValueError(
-                f"text: expected token ids, or a tokenizer, for a model with a vocabulary of {model.config.vocab_size}, "
-                "got a text alone"
+                f"text: expected token ids or a tokenizer for a vocabulary of {model.config.vocab_size}, got a text"
             )
-    return model.record(text)
+    return model.record(np.asarray(text) if isinstance(text, (list, tuple)) else text)
 
 
 def _labels(model: NeuroGen, ids: NDArray[Any], tokenizer: Tokens | None) -> list[str]:
@@ -85,7 +85,7 @@ def raster(model: NeuroGen, text: Any, tokenizer: Tokens | None = None) -> Figur
     model : NeuroGen
         Hears the text from zero state; its own state is not touched.
     text : str, bytes, int array [S, L] or [L], or Recording
-        Of several streams the first is drawn.
+        Of several streams the first is drawn, of a long text the first 400 tokens.
     tokenizer : Tokenizer, optional
         Of models whose tokens are not bytes: takes the text apart, and says what stands under each token.
 
@@ -100,7 +100,7 @@ def raster(model: NeuroGen, text: Any, tokenizer: Tokens | None = None) -> Figur
         If the text is empty, or is not one for this model.
     """
     record = heard(model, text, tokenizer)
-    names = _labels(model, record.ids[0], tokenizer)
+    names = _labels(model, record.ids[0, :SPAN], tokenizer)
     regions = _upwards(model.config)
     shown = [np.unique(np.linspace(0, r.neurons - 1, min(r.neurons, SHOWN)).round().astype(int)) for r in regions]
     heights = [0.35 + len(rows) / SHOWN for rows in shown]
@@ -108,7 +108,7 @@ def raster(model: NeuroGen, text: Any, tokenizer: Tokens | None = None) -> Figur
     panels = figure.subplots(len(regions), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     top = max(2.0, *(float(values[0].max()) for values in record.s.values()))
     for axes, region, rows in zip(panels, regions, shown):
-        spikes = record.s[region.name][0]
+        spikes = record.s[region.name][0, :SPAN]
         image = _spikes(axes, spikes[:, rows].T, model.config.graded, top)
         some = f"{len(rows)} of {region.neurons:,}" if len(rows) < region.neurons else f"{region.neurons:,}"
         axes.set_title(f"{region.name}: {some} neurons, {(spikes > 0).mean():.3f} spikes per neuron and token")
@@ -117,7 +117,7 @@ def raster(model: NeuroGen, text: Any, tokenizer: Tokens | None = None) -> Figur
         axes.grid(visible=False)
     for axes in panels[:-1]:
         axes.tick_params(bottom=False)
-    style.token_axis(panels[-1], names, _width(len(names)))
+    style.token_axis(panels[-1], names, record.ids.shape[1], _width(len(names)))
     if model.config.graded:
         figure.colorbar(image, ax=list(panels), label="spike amplitude (thresholds)", aspect=40, shrink=0.6, pad=0.01)
     return figure
@@ -156,7 +156,7 @@ def gates(model: NeuroGen, text: Any, tokenizer: Tokens | None = None) -> Figure
         If no region has a gate, the text is empty, or is not one for this model.
     """
     record = heard(model, text, tokenizer)
-    names = _labels(model, record.ids[0], tokenizer)
+    names = _labels(model, record.ids[0, :SPAN], tokenizer)
     regions = [region for region in _upwards(model.config) if region.name in record.gates]
     if not regions:
         raise ValueError("expected a connectome with gates, got one without projections of kind 'gate'")
@@ -164,7 +164,7 @@ def gates(model: NeuroGen, text: Any, tokenizer: Tokens | None = None) -> Figure
     panels = figure.subplots(len(regions), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     tokens = np.arange(len(names))
     for axes, region in zip(panels, regions):
-        values = record.gates[region.name][0]
+        values = record.gates[region.name][0, :SPAN]
         low, lower, upper, high = np.quantile(values, [0.05, 0.25, 0.75, 0.95], axis=1)
         axes.fill_between(tokens, low, high, color=style.SKY, alpha=0.3, linewidth=0, label="middle 90 % of neurons")
         axes.fill_between(tokens, lower, upper, color=style.SKY, alpha=0.7, linewidth=0, label="middle half")
@@ -176,7 +176,7 @@ def gates(model: NeuroGen, text: Any, tokenizer: Tokens | None = None) -> Figure
     for axes in panels[:-1]:
         axes.tick_params(bottom=False)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=4)
-    style.token_axis(panels[-1], names, _width(len(names)))
+    style.token_axis(panels[-1], names, record.ids.shape[1], _width(len(names)))
     return figure
 
 
@@ -232,5 +232,5 @@ def histograms(model: NeuroGen, text: Any, tokenizer: Tokens | None = None) -> F
         right.set_ylabel("share of values")
         right.legend(loc="upper left")
     panels[-1, 0].set_xlabel(f"firing rate (spikes per token), over {tokens:,} tokens")
-    panels[-1, 1].set_xlabel("membrane potential v (thresholds); outermost bars: all beyond")
+    panels[-1, 1].set_xlabel("membrane potential v (thresholds)\noutermost bars: all beyond")
     return figure

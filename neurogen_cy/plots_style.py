@@ -114,7 +114,7 @@ def _glyphs() -> frozenset[int]:
 
 
 def token_label(token: bytes) -> str:
-    """Return a token as it can stand under an axis: signs for blanks, escapes for what the font lacks, hex for bytes."""
+    """Return what an axis says of a token: signs for blanks, escapes for what the font lacks, hex for single bytes."""
     shown = {" ": "\u2423", "\n": "\u21b5", "\t": "\u2192"}
     try:
         text = token.decode("utf-8")
@@ -126,8 +126,19 @@ def token_label(token: bytes) -> str:
     )
 
 
-def token_axis(axes: Axes, labels: Sequence[str], inches: float) -> None:
-    """Put the tokens under an x axis whose unit is the token, its place in the text where they would not fit."""
+def token_axis(axes: Axes, labels: Sequence[str], tokens: int, inches: float) -> None:
+    """Put the tokens under an x axis whose unit is the token, their places in the text where they would not fit.
+
+    Parameters
+    ----------
+    axes : Axes
+    labels : sequence of str
+        One for each token that is drawn.
+    tokens : int
+        Tokens of the whole text.
+    inches : float
+        Width of the figure.
+    """
     from matplotlib.ticker import NullLocator
 
     count = len(labels)
@@ -139,9 +150,8 @@ def token_axis(axes: Axes, labels: Sequence[str], inches: float) -> None:
         upright = widest > 1 and widest * count * 0.1 > inches
         for label in axes.get_xticklabels():
             label.set(parse_math=False, family="monospace", size=8, rotation=90 if upright else 0)
-        axes.set_xlabel("token")
-    else:
-        axes.set_xlabel("position in the text (tokens)")
+    what = "token" if count * 0.1 <= inches else "position in the text (tokens)"
+    axes.set_xlabel(what if count == tokens else f"{what}, the first {count:,} of {tokens:,}")
 
 
 def save(figure: Figure, path: Any) -> None:

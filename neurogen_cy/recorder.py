@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from neurogen_cy.evaluation import token_ids
@@ -52,18 +53,22 @@ def record(model: NeuroGen, ids: Any, state: Mapping[str, Any] | None) -> Record
     own = model._engine.new_state(streams)
     if state is not None:
         own.load(state)
-    names = [region.name for region in model.config.regions]
     gated = {p.dst for p in model.config.projections if p.kind == "gate"}
+    sizes = {region.name: region.neurons for region in model.config.regions}
+    needed = heard.size * 4 * (2 * sum(sizes.values()) + sum(sizes[name] for name in gated))
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise MemoryError(f"ids: expected a text whose record fits into {free:,} bytes of free memory, got {needed:,}")
     u, s, gates = (
-        {r.name: np.empty((streams, length, r.neurons), np.float32) for r in model.config.regions if r.name in kept}
-        for kept in (names, names, gated)
+        {name: np.empty((streams, length, n), np.float32) for name, n in sizes.items() if name in kept}
+        for kept in (sizes, sizes, gated)
     )
     broca = np.empty((streams, model.config.dim), np.float32)
     window = rows // streams
     for begin in range(0, length, window):
         cut = slice(begin, begin + window)
         model._engine.advance(own, np.ascontiguousarray(heard[:, cut]), broca, True)
-        for number, name in enumerate(names):
+        for number, name in enumerate(sizes):
             for kept, array in zip((u, s, gates), model._engine.recorded(number)):
                 if array is not None:
                     kept[name][:, cut] = array

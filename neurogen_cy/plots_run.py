@@ -82,7 +82,7 @@ def _ascending(path: Path, records: list[tuple[int, dict[str, Any]]]) -> Float64
     for line, record in records:
         step = record["step"]
         if isinstance(step, bool) or not before < step < 2**53:
-            raise ValueError(f"{path}: line {line}: expected steps in ascending order, got {step!r} after {before}")
+            raise ValueError(f"{path}: line {line}: expected steps in ascending order, got {step!r:.40} after {before}")
         before = step
     return np.array([record["step"] for _, record in records], np.float64)
 

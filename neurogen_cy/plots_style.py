@@ -95,7 +95,7 @@ def line_style(number: int) -> dict[str, Any]:
     """Return colour and dashes of the line `number`, no two alike among the first 28."""
     return {
         "color": COLOURS[number % len(COLOURS)],
-        "linestyle": DASHES[(number + number // len(COLOURS)) % len(DASHES)],
+        "linestyle": DASHES[(number % len(COLOURS) + number // len(COLOURS)) % len(DASHES)],
     }
 
 

@@ -3,6 +3,7 @@
 ::
 
     <name>/model.safetensors ...   one file per group of tensors
+    <name>/tokenizer.json          or .model: what makes text of the model's tokens, where it needs one
     <name>/meta.json               the caller's facts, `format`, and size and sha256 of each file
 """
 
@@ -12,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ Tensors = dict[str, dict[str, NDArray[Any]]]
 _META = "meta.json"
 _SUFFIX = ".safetensors"
 _GROUP = "[a-z][a-z0-9_]*"
+_ATTACHED = ("tokenizer.json", "tokenizer.model")
 _RESERVED = ("format", "files", "checksum")
 _DTYPES = (
     *("bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"),
@@ -46,6 +48,7 @@ def write(
     directory: str | os.PathLike[str],
     tensors: Mapping[str, Mapping[str, NDArray[Any]]],
     meta: Mapping[str, Any],
+    files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a checkpoint, or replace the one that is there.
 
@@ -57,6 +60,8 @@ def write(
         Group `model` becomes `model.safetensors`. Arrays of any shape, of booleans, integers or floats.
     meta : dict
         Facts for `meta.json`: what JSON can hold, without the keys `format`, `files` and `checksum`.
+    files : {name: content}, optional
+        Kept beside them as they are: `tokenizer.json` or `tokenizer.model`.
 
     Raises
     ------
@@ -71,15 +76,26 @@ def write(
     taken = [key for key in _RESERVED if key in meta]
     if taken:
         raise ValueError(f"meta: expected keys other than {', '.join(_RESERVED)}, got {taken}")
+    attached = dict(files or {})
+    if unknown := sorted(set(attached) - set(_ATTACHED)):
+        raise ValueError(f"files: expected {' or '.join(_ATTACHED)}, got {unknown}")
     json.dumps(dict(meta), allow_nan=False)
     target = Path(os.path.realpath(directory))
     for path in (target, atomic.old(target)):
         _refuse_foreign(path)
-    atomic.replace(target, lambda folder: _fill(folder, arrays, meta))
+    atomic.replace(target, lambda folder: _fill(folder, arrays, meta, attached))
 
 
-def read(directory: str | os.PathLike[str]) -> tuple[Tensors, dict[str, Any]]:
+def read(
+    directory: str | os.PathLike[str], groups: Collection[str] | None = None
+) -> tuple[Tensors, dict[str, Any]]:
     """Read and verify a checkpoint.
+
+    Parameters
+    ----------
+    directory : path
+    groups : names of groups, optional
+        Only these are read, and verified; all by default.
 
     Returns
     -------
@@ -97,10 +113,29 @@ def read(directory: str | os.PathLike[str]) -> tuple[Tensors, dict[str, Any]]:
         source = _locate(directory)
         before = atomic.identity(source)
         try:
-            return _load(source)
+            return _load(source, groups)
         except CheckpointError:
             if before is not None and atomic.identity(source) == before:
                 raise  # else it was replaced while being read: read the new one
+
+
+def read_file(directory: str | os.PathLike[str], name: str) -> bytes:
+    """Read and verify one of the files given to `write`; raises CheckpointError as `read`, also where it has none."""
+    while True:
+        source = _locate(directory)
+        before = atomic.identity(source)
+        try:
+            files = _load_meta(source)[1]
+            if name not in files or name not in _ATTACHED:
+                raise CheckpointError(f"{source}: expected {name} in this checkpoint, got {sorted(files)}")
+            content = (source / name).read_bytes()
+            _expect(source / name, files[name], len(content), hashlib.sha256(content).hexdigest())
+            return content
+        except OSError as error:
+            raise CheckpointError(f"{source / name}: expected a readable file, got: {error}") from error
+        except CheckpointError:
+            if before is not None and atomic.identity(source) == before:
+                raise
 
 
 def read_meta(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -135,16 +170,19 @@ def _refuse_foreign(path: Path) -> None:
         return
     if not path.is_dir():
         raise CheckpointError(f"{path}: expected a directory or nothing, got a file")
-    others = sorted(p.name for p in path.iterdir() if p.name != _META and p.suffix != _SUFFIX)
+    others = sorted(p.name for p in path.iterdir() if p.name not in (_META, *_ATTACHED) and p.suffix != _SUFFIX)
     if others:
         raise CheckpointError(
             f"{path}: expected a checkpoint to replace or an empty directory, got {others[:3]}"
         )
 
 
-def _fill(folder: Path, arrays: Tensors, meta: Mapping[str, Any]) -> None:
+def _fill(folder: Path, arrays: Tensors, meta: Mapping[str, Any], attached: Mapping[str, bytes]) -> None:
     """Write all files of a checkpoint into an empty folder."""
     files = {}
+    for name, content in attached.items():
+        (folder / name).write_bytes(content)
+        files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     for group, members in arrays.items():
         path = folder / (group + _SUFFIX)
         try:
@@ -160,21 +198,28 @@ def _fill(folder: Path, arrays: Tensors, meta: Mapping[str, Any]) -> None:
         (folder / name).chmod(notes.stat().st_mode)
 
 
-def _load(folder: Path) -> tuple[Tensors, dict[str, Any]]:
+def _load(folder: Path, groups: Collection[str] | None) -> tuple[Tensors, dict[str, Any]]:
     meta, files = _load_meta(folder)
     tensors: Tensors = {}
     for name, facts in files.items():
         path = folder / name
+        if groups is not None and path.stem not in groups:
+            continue
         try:
-            size, digest = path.stat().st_size, _sha256(path)
-            if size != facts["bytes"]:
-                raise CheckpointError(f"{path}: expected {facts['bytes']} bytes, got {size}")
-            if digest != facts["sha256"]:
-                raise CheckpointError(f"{path}: expected sha256 {facts['sha256']}, got {digest}")
-            tensors[path.stem] = load_file(path)
+            _expect(path, facts, path.stat().st_size, _sha256(path))
+            if name not in _ATTACHED:
+                tensors[path.stem] = load_file(path)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: expected a readable file of tensors, got: {error}") from error
     return tensors, meta
+
+
+def _expect(path: Path, facts: Mapping[str, Any], size: int, digest: str) -> None:
+    """Raise unless a file has the size and the hash that were noted when it was written."""
+    if size != facts["bytes"]:
+        raise CheckpointError(f"{path}: expected {facts['bytes']} bytes, got {size}")
+    if digest != facts["sha256"]:
+        raise CheckpointError(f"{path}: expected sha256 {facts['sha256']}, got {digest}")
 
 
 def _load_meta(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -193,7 +238,7 @@ def _load_meta(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]
         raise CheckpointError(f"{path}: expected checksum {counted} of its own text, got {stated}")
     files = facts.pop("files", None)
     if not isinstance(files, dict) or not all(
-        re.fullmatch(_GROUP + re.escape(_SUFFIX), name) for name in files
+        name in _ATTACHED or re.fullmatch(_GROUP + re.escape(_SUFFIX), name) for name in files
     ):
         raise CheckpointError(f"{path}: expected files named {_GROUP}{_SUFFIX}, got {files!r}")
     del facts["format"]

@@ -1,7 +1,7 @@
 """Byte corpora: where text comes from, how it is split, and how streams read it.
 
-A corpus is a `bytes` object; its tokens are its byte values, 0..255. Training reads it as `B` endless
-streams (`ByteStreams`), validation as `S` contiguous pieces (`evaluation_streams`).
+Here a corpus is a `bytes` object; its tokens are its byte values, 0..255. `corpus` has texts of any size in any
+vocabulary, `streams` what reads them.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from neurogen_cy.streams import ByteStreams, TokenStreams, evaluation_streams, held_out
 
-Int32 = NDArray[np.int32]
-Bool = NDArray[np.bool_]
+__all__ = [
+    "ByteStreams", "TokenStreams", "default_corpus", "describe", "evaluation_streams", "held_out", "read_corpus",
+    "split",
+]  # fmt: skip
 
 SEPARATOR = b"\n"
 """What stands between the topics of the default corpus and between the files of a directory."""
@@ -79,7 +79,7 @@ def read_corpus(path: str | os.PathLike[str]) -> tuple[bytes, dict[str, Any]]:
     """
     root = Path(path)
     if root.is_dir():
-        files = [p for p in _visible_files(root) if p.stat().st_size > 0]
+        files = [p for p in visible_files(root) if p.stat().st_size > 0]
         if not files:
             raise ValueError(f"expected text files below {root}, got none that is visible and not empty")
     elif root.is_file():
@@ -110,122 +110,7 @@ def split(data: bytes, fraction: float = 0.9) -> tuple[bytes, bytes]:
     return data[:cut], data[cut:]
 
 
-def evaluation_streams(data: bytes, streams: int = 16) -> tuple[Int32, Int32]:
-    """Cut a text into contiguous streams so that every predicted byte is counted exactly once.
-
-    With `L = (len(data) - 1) // streams`, stream `s` reads bytes `s*L .. s*L + L - 1` and predicts bytes
-    `s*L + 1 .. s*L + L`: it starts at its own first byte with no history, and that byte is predicted by
-    the stream before it. So bytes `1 .. streams*L` are predicted once each; byte 0 is never predicted
-    (nothing precedes it), nor are the last `(len(data) - 1) % streams` bytes, fewer than `streams`.
-
-    Returns
-    -------
-    ids, targets : int32 arrays [streams, L]
-
-    Raises
-    ------
-    ValueError
-        If `streams < 1` or the text has fewer than `streams + 1` bytes.
-    """
-    _positive("streams", streams)
-    length = (len(data) - 1) // streams
-    if length < 1:
-        raise ValueError(f"expected at least streams + 1 = {streams + 1} bytes to evaluate, got {len(data)}")
-    tokens = np.frombuffer(data, np.uint8, streams * length + 1).astype(np.int32)
-    return tokens[:-1].reshape(streams, length), tokens[1:].reshape(streams, length)
-
-
-class ByteStreams:
-    """`B` endless streams over one text, handed out `T` tokens at a time in the same buffers.
-
-    The text is a ring of `len(data) - 1` positions: position `p` reads byte `p` and predicts byte `p + 1`,
-    and after the last position comes position 0 again. Stream `b` starts at position
-    `b * (len(data) - 1) // B`, so together the streams read every position once before any is read twice.
-    Reading position 0 is the start of the document: `resets` is True there, else False.
-
-    Parameters
-    ----------
-    data : bytes
-        Text to train on, at least `streams * tokens + 1` bytes.
-    streams, tokens : int
-        `B` and `T`.
-
-    Attributes
-    ----------
-    ids, targets : int32 arrays [B, T]
-        What the last `next` filled in; overwritten by the following call.
-    resets : bool array [B, T]
-
-    Raises
-    ------
-    ValueError
-        If the text is too short, or `streams` or `tokens` is not positive.
-    """
-
-    def __init__(self, data: bytes, streams: int, tokens: int) -> None:
-        _positive("streams", streams)
-        _positive("tokens", tokens)
-        needed = streams * tokens + 1
-        if len(data) < needed:
-            raise ValueError(
-                f"expected a training text of at least streams * tokens + 1 = {streams} * {tokens} + 1 = "
-                f"{needed} bytes, got {len(data)}"
-            )
-        self._bytes: NDArray[np.uint8] = np.frombuffer(data, np.uint8)
-        self._sha256 = hashlib.sha256(data).hexdigest()
-        self._ring = len(data) - 1
-        self._starts = [b * self._ring // streams for b in range(streams)]
-        self._read = 0
-        self.ids: Int32 = np.zeros((streams, tokens), np.int32)
-        self.targets: Int32 = np.zeros((streams, tokens), np.int32)
-        self.resets: Bool = np.zeros((streams, tokens), np.bool_)
-
-    def next(self) -> tuple[Int32, Int32, Bool]:
-        """Fill and return `ids`, `targets` and `resets`, each [B, T], and move on by `T` tokens."""
-        tokens = self.ids.shape[1]
-        self.resets.fill(False)
-        for b, start in enumerate(self._starts):
-            position = (start + self._read) % self._ring
-            done = 0
-            while done < tokens:
-                if position == 0:
-                    self.resets[b, done] = True
-                count = min(tokens - done, self._ring - position)
-                self.ids[b, done : done + count] = self._bytes[position : position + count]
-                self.targets[b, done : done + count] = self._bytes[position + 1 : position + count + 1]
-                done += count
-                position = 0
-        self._read += tokens
-        return self.ids, self.targets, self.resets
-
-    @property
-    def cursor(self) -> dict[str, Any]:
-        """Where the streams stand, as JSON-able facts; assign it to continue with the very next token.
-
-        Assigning raises TypeError if it is no cursor, ValueError if it belongs to another text or another
-        number of streams. `T` may differ.
-        """
-        return {"tokens_per_stream": self._read, "streams": len(self._starts), "sha256": self._sha256}
-
-    @cursor.setter
-    def cursor(self, cursor: Mapping[str, Any]) -> None:
-        read = cursor.get("tokens_per_stream") if isinstance(cursor, Mapping) else None
-        if type(read) is not int or read < 0:
-            raise TypeError(
-                f"expected a cursor with a whole number of tokens_per_stream >= 0, got {cursor!r}"
-            )
-        for key, expected in (("streams", len(self._starts)), ("sha256", self._sha256)):
-            if cursor.get(key) != expected:
-                raise ValueError(f"expected a cursor with {key} {expected}, got {cursor.get(key)}")
-        self._read = read
-
-
-def _positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"expected {name} >= 1, got {value}")
-
-
-def _visible_files(root: Path) -> list[Path]:
+def visible_files(root: Path) -> list[Path]:
     """Return the regular files below `root` that are not hidden, ordered by relative path."""
     found: list[Path] = []
     for folder, folders, names in os.walk(root):

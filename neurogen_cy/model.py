@@ -21,6 +21,7 @@ from neurogen_cy.optimizer import AdamW
 from neurogen_cy.recorder import Recording
 from neurogen_cy.results import StepResult
 from neurogen_cy.sizes import check_memory, integer, model_sizes
+from neurogen_cy.tokenization import Tokenizer
 
 FLOAT_MAX = float(np.finfo(np.float32).max)
 
@@ -61,6 +62,9 @@ class NeuroGen:
     nonfinite : {"raise", "skip"}
         What a non-finite loss or gradient norm does: FloatingPointError, or a skipped (and counted) step. Weights,
         moments and neuron state stay as they were either way.
+    accumulate : int
+        Calls of `backward_batch` that make one optimizer step. Each adds the homeostasis term by 1 / accumulate, so
+        that all of them weigh as much as one call; with `divisor` the cross-entropy does.
 
     Attributes
     ----------
@@ -84,6 +88,7 @@ class NeuroGen:
         optimizer: AdamW | None = None,
         sync: str = "block",
         nonfinite: str = "raise",
+        accumulate: int = 1,
         *,
         _parameters: Mapping[str, NDArray[Any]] | None = None,
     ) -> None:
@@ -99,6 +104,7 @@ class NeuroGen:
         self.optimizer = AdamW() if optimizer is None else optimizer
         self.sync = _choice("sync", sync, "block", "spin")
         self.nonfinite = _choice("nonfinite", nonfinite, "raise", "skip")
+        self.accumulate = integer("accumulate", accumulate)
         check_memory(
             self._module, config, self.streams, self.max_tokens, self.threads, self.device, self.precision
         )
@@ -108,8 +114,9 @@ class NeuroGen:
             key[: -len(".cols")]: np.ascontiguousarray(values.pop(key)) for key in list(values) if key.endswith(".cols")
         }
         values = {key: value for key, value in values.items() if not key.endswith(".rows")}
+        part = replace(config, rate_weight=config.rate_weight / self.accumulate)
         self._engine = self._module.Engine(
-            config, topology, self.streams, self.max_tokens, self.threads, self.seed, self.device, self.precision,
+            part, topology, self.streams, self.max_tokens, self.threads, self.seed, self.device, self.precision,
             self.sync,
         )
         self._engine.load_parameters(values)
@@ -392,13 +399,16 @@ class NeuroGen:
 
     def save(
         self, directory: str | os.PathLike[str], cursor: Mapping[str, Any] | None = None,
-        extra: Mapping[str, Any] | None = None,
+        extra: Mapping[str, Any] | None = None, tokenizer: Tokenizer | None = None,
+        state: Mapping[str, NDArray[np.float32]] | None = None,
     ) -> None:
         """Write a checkpoint directory: weights, moments, neuron state, config, step and what the caller adds.
 
-        `cursor` (where the data stream stands) and `extra` are JSON-able and come back in `meta.json`.
+        `cursor` (where the data stream stands) and `extra` are JSON-able and come back in `meta.json`; `tokenizer` is
+        kept with its file, and `tokenization.load_saved` gives it back wherever the checkpoint is moved to. `state`
+        is kept instead of the model's own, of any number of streams.
         """
-        persistence.save(self, directory, cursor, extra)
+        persistence.save(self, directory, cursor, extra, tokenizer, state)
 
     @classmethod
     def load(
@@ -408,7 +418,7 @@ class NeuroGen:
         """The model of a checkpoint, ready to go on exactly where it stopped.
 
         With another number of streams the neuron state starts from zero. `settings` are those of the constructor
-        that a checkpoint does not fix: precision, threads, sync, nonfinite, optimizer. A checkpoint written on one
-        backend goes on on the other.
+        that a checkpoint does not fix: precision, threads, sync, nonfinite, optimizer, accumulate. A checkpoint written
+        on one backend goes on on the other.
         """
         return persistence.load(cls, directory, backend, device, streams, max_tokens, settings)

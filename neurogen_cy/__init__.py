@@ -6,6 +6,7 @@ import os as _os
 # Beside one other busy process on two cores, a step of `tiny` took 94 ms instead of 128.
 _os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+from neurogen_cy import plots
 from neurogen_cy._cpu import Brain, Decoder, TokenEmbedding
 from neurogen_cy._version import __version__
 from neurogen_cy.callbacks import Callback
@@ -13,6 +14,7 @@ from neurogen_cy.checkpoint import CheckpointError
 from neurogen_cy.config import Config, Projection, Region
 from neurogen_cy.model import NeuroGen
 from neurogen_cy.optimizer import AdamW
+from neurogen_cy.recorder import Recording
 from neurogen_cy.results import StepResult
 from neurogen_cy.sizes import memory_plan
 from neurogen_cy.train import Trainer
@@ -27,6 +29,7 @@ __all__ = [
     "Decoder",
     "NeuroGen",
     "Projection",
+    "Recording",
     "Region",
     "StepResult",
     "TokenEmbedding",
@@ -34,4 +37,5 @@ __all__ = [
     "Trainer",
     "__version__",
     "memory_plan",
+    "plots",
 ]

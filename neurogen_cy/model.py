@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neurogen_cy import backend as backends
-from neurogen_cy import evaluation, generation, persistence, profiling, token_loop
+from neurogen_cy import evaluation, generation, persistence, profiling, recorder, token_loop
 from neurogen_cy.config import Config
 from neurogen_cy.connectome import initial_parameters
 from neurogen_cy.optimizer import AdamW
+from neurogen_cy.recorder import Recording
 from neurogen_cy.results import StepResult
 from neurogen_cy.sizes import check_memory, integer, model_sizes
 from neurogen_cy.tokenization import Tokenizer
@@ -359,8 +360,23 @@ class NeuroGen:
         names = [known.name for known in self.config.regions]
         if region not in names:
             raise ValueError(f"region: expected one of {', '.join(names)}, got {region!r}")
-        u, s = self._engine.recorded(names.index(region))
+        u, s, _ = self._engine.recorded(names.index(region))
         return u, s
+
+    def record(self, ids: Any, state: Mapping[str, Any] | None = None) -> Recording:
+        """Hear a text and keep what every neuron did: membrane, spikes and gates of every region and token.
+
+        Parameters
+        ----------
+        ids : int32 or int64 array [S, L] (or [L]), of any length
+        state : mapping, optional
+            Where to begin, as from `state()`; from zero by default. S is then the model's number of streams.
+
+        The model's own state is not touched, nothing is learnt, dropout is off. Takes no launch and no synchronisation
+        that hearing the text without a record would not take; the copies are made after each call of `max_tokens`.
+        """
+        with self._alone():
+            return recorder.record(self, ids, state)
 
     @property
     def counters(self) -> dict[str, int]:

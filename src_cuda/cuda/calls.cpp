@@ -270,11 +270,12 @@ void CudaModel::capture() {
   graph_.reset(exec);
 }
 
-void CudaModel::recorded(int index, float* u, float* s) const {
+void CudaModel::recorded(int index, float* u, float* s, float* gate) const {
   const OnDevice scope(spec_.device);
   const RegionView& region = regions_[index];
   const size_t count = static_cast<size_t>(rows_) * region.n;
-  for (const auto& [from, to] : {std::pair(region.u, u), std::pair(region.s, s)}) {
+  for (const auto& [from, to] : {std::pair(region.u, u), std::pair(region.s, s), std::pair(region.g, gate)}) {
+    if (!to) continue;
     if (!spec_.bf16) {
       NG_CUDA(cudaMemcpy(to, from, count * sizeof(float), cudaMemcpyDeviceToHost));
       continue;

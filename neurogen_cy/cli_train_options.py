@@ -68,6 +68,7 @@ _OPTIONS = (
     _option("keep", click.IntRange(0), "Checkpoints of earlier steps that stay, beside last and best.",
             TrainSettings.keep, "N"),
     click.option("--tensorboard", is_flag=True, help="Write the metrics for TensorBoard too, in OUT/tensorboard."),
+    click.option("--pictures/--no-pictures", default=True, help="Draw the run at its end, in OUT/pictures."),
     _option("out", PATH, "Folder of the run.", "runs/NAME of preset or config", "DIR"),
     _option("resume", str, "Continue from a checkpoint; auto: from OUT/last if it is there, else begin.",
             metavar="auto|DIR"),

@@ -46,7 +46,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-TRAIN = ["train", "--data", "text.txt", "--config", "brain.toml", "--threads", "1"]
+RESUME = ["train", "--no-pictures", "--resume"]
+TRAIN = ["train", "--no-pictures", "--data", "text.txt", "--config", "brain.toml", "--threads", "1"]
 TRAIN += ["--steps", "20", "--streams", "2", "--tokens", "16"]
 
 
@@ -87,7 +88,7 @@ def test_the_same_command_gives_the_same_weights(run: Run, tmp_path: Path) -> No
 def test_resuming_a_finished_run_says_so(run: Run) -> None:
     metrics = Path("runs/brain/metrics.jsonl").read_bytes()
     for resume in ("auto", "runs/brain", "runs/brain/last"):
-        result = run("train", "--resume", resume, *(["--out", "runs/brain"] if resume == "auto" else []))
+        result = run(*RESUME, resume, *(["--out", "runs/brain"] if resume == "auto" else []))
         assert "finished, 20 of 20 steps are done" in result.output
     assert "finished" in run(*TRAIN, "--resume", "auto").output
     assert Path("runs/brain/metrics.jsonl").read_bytes() == metrics
@@ -98,21 +99,21 @@ def test_resume_auto_begins_where_nothing_is_and_more_steps_go_on(run: Run, tmp_
     assert (
         f"{out}: no checkpoint yet, a new run begins" in run(*TRAIN, "--resume", "auto", "--out", out).output
     )
-    assert "steps 20 to 25" in run("train", "--resume", out, "--steps", 25, "--save-every", 3).output
+    assert "steps 20 to 25" in run(*RESUME, out, "--steps", 25, "--save-every", 3).output
     steps = [record["step"] for record in read_metrics(out / "metrics.jsonl") if record["event"] == "step"]
     assert steps == list(range(1, 26))
 
 
 def test_resume_into_another_folder_leaves_the_first_alone(run: Run, tmp_path: Path) -> None:
     before = Path("runs/brain/last/meta.json").read_bytes()
-    run("train", "--resume", "runs/brain", "--steps", 22, "--out", tmp_path / "branch")
+    run(*RESUME, "runs/brain", "--steps", 22, "--out", tmp_path / "branch")
     assert Path("runs/brain/last/meta.json").read_bytes() == before
     assert [r["step"] for r in read_metrics(tmp_path / "branch/metrics.jsonl") if r["event"] == "step"] == [
         21,
         22,
     ]
     message = "expected the folder of runs/brain/last or one without a run, got another run's"
-    assert message in run("train", "--resume", "runs/brain", "--out", tmp_path / "branch", status=2).output
+    assert message in run(*RESUME, "runs/brain", "--out", tmp_path / "branch", status=2).output
 
 
 def test_resume_keeps_the_settings(run: Run, tmp_path: Path) -> None:
@@ -292,7 +293,7 @@ def test_ctrl_c_saves_and_the_resumed_run_equals_an_unbroken_one(
     assert process.returncode == 130, errors
     assert re.search(r"stopped by SIGINT at step \d+ of 3000, saved in .*broken/last\nto continue: ", output)
     assert "Traceback" not in errors
-    run("train", "--resume", "auto", "--out", tmp_path / "broken", "--threads", 1)
+    run(*RESUME, "auto", "--out", tmp_path / "broken", "--threads", 1)
     run(*TRAIN, *steps, "--out", tmp_path / "whole")
     for name in ("last/model", "last/optimizer", "last/state", "best/model"):
         one, other = (tmp_path / out / f"{name}.safetensors" for out in ("broken", "whole"))

@@ -13,7 +13,7 @@ import tokenizers
 from click.testing import CliRunner, Result
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from neurogen_cy import Config, NeuroGen, Projection, Region, checkpoint
+from neurogen_cy import Config, NeuroGen, Projection, Region, checkpoint, plots
 from neurogen_cy.cli import main
 from neurogen_cy.data import default_corpus
 from neurogen_cy.metrics import read_metrics
@@ -22,7 +22,9 @@ Run = Callable[..., Result]
 VOCABULARY = 300
 END = "<|endoftext|>"
 
-TRAIN = ["train", "--data", "text.txt", "--threads", "1", "--steps", "20", "--streams", "4", "--tokens", "8"]
+RESUME = ["train", "--no-pictures", "--resume"]
+TRAIN = ["train", "--no-pictures", "--data", "text.txt", "--threads", "1"]
+TRAIN += ["--steps", "20", "--streams", "4", "--tokens", "8"]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +91,7 @@ def test_a_tokenizer_goes_with_the_checkpoint(run: Run, tmp_path: Path) -> None:
     line = json.loads(run("generate", out, "--prompt", "The \u00e9", "--tokens", 20, "--json", "--seed", 1).output)
     assert line["text"] and line["tokens"] <= 20
     assert "words" in run("eval", out, "--all").output and "3-gram" in run("eval", out, "--ngrams").output
-    run("train", "--resume", out, "--steps", 22)
+    run(*RESUME, out, "--steps", 22)
     assert "expected the tokenizer of the checkpoint" in run(
         "train", "--resume", out, "--steps", 24, "--tokenizer", "bytes", status=2
     ).output
@@ -102,7 +104,7 @@ def test_a_run_in_groups_stops_and_resumes_bit_for_bit(run: Run, tmp_path: Path)
     assert "2 x 2 streams x 8 tokens a step" in run(*train, "--out", tmp_path / "whole").output
     run(*train, "--out", tmp_path / "broken", "--max-minutes", 1e-9)
     assert checkpoint.read_meta(tmp_path / "broken/last")["step"] == 1
-    again = ["train", "--resume", tmp_path / "broken", "--threads", 2]
+    again = [*RESUME, tmp_path / "broken", "--threads", 2]
     assert "1e-09 minutes are over" in run(*again, "--max-minutes", 1e-9, "--accumulate", 2).output
     output = run(*again, "--accumulate", 2).output
     assert "steps 2 to 20" in output and "minutes are over" not in output
@@ -114,9 +116,9 @@ def test_a_run_goes_on_in_other_groups(run: Run, tmp_path: Path) -> None:
     train = [*TRAIN, "--config", "brain.toml", "--out", tmp_path]
     run(*train, "--max-tokens", 10 * 32)
     assert checkpoint.read_meta(tmp_path / "last")["step"] == 10
-    assert "steps 10 to 15" in run("train", "--resume", tmp_path, "--accumulate", 4, "--max-tokens", 15 * 32).output
-    assert "4 x 1 streams" in run("train", "--resume", tmp_path, "--accumulate", 4, "--steps", 16).output
-    output = run("train", "--resume", tmp_path, "--steps", 18).output
+    assert "steps 10 to 15" in run(*RESUME, tmp_path, "--accumulate", 4, "--max-tokens", 15 * 32).output
+    assert "4 x 1 streams" in run(*RESUME, tmp_path, "--accumulate", 4, "--steps", 16).output
+    output = run(*RESUME, tmp_path, "--steps", 18).output
     assert ", 4 streams x 8 tokens a step" in output
     steps = [record for record in read_metrics(tmp_path / "metrics.jsonl") if record["event"] == "step"]
     assert [record["tokens"] for record in steps] == [32 * step for step in range(1, 19)]
@@ -146,9 +148,9 @@ def test_early_stop_says_so_and_shows_the_best(run: Run, tmp_path: Path, monkeyp
     assert rows[1][0] == "brain, step 8" and "to continue" not in output
     names = ["best", "last", "metrics.jsonl", "step-000006", "step-000008"]
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == names
-    assert "stopped (no better" in run("train", "--resume", tmp_path / "run").output
+    assert "stopped (no better" in run(*RESUME, tmp_path / "run").output
     losses = iter([3.0, 2.0, 2.5, 2.5, 2.5])
-    assert "step 12, the best" in run("train", "--resume", tmp_path / "run", "--patience", 3).output
+    assert "step 12, the best" in run(*RESUME, tmp_path / "run", "--patience", 3).output
 
 
 def test_samples_and_tensorboard(run: Run, tmp_path: Path) -> None:
@@ -166,4 +168,19 @@ def test_a_validation_text_of_its_own(run: Run, tmp_path: Path) -> None:
     assert "all of it to train, the 1,000 bytes of other.txt to validate" in run(*train).output
     assert "992 bytes predicted" in run("eval", tmp_path).output
     assert "5,984 bytes predicted" in run("eval", tmp_path, "--all").output
-    assert "steps 20 to 21" in run("train", "--resume", tmp_path, "--steps", 21).output
+    assert "steps 20 to 21" in run(*RESUME, tmp_path, "--steps", 21).output
+
+
+def test_pictures_at_the_end(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = ["train", *TRAIN[2:], "--config", "brain.toml", "--out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(plots, "unavailable", lambda: "no pictures without it")
+        assert run(*train, tmp_path / "without").stdout.endswith("no pictures without it\n")
+    pytest.importorskip("matplotlib")
+    output = run(*train, tmp_path / "run").stdout
+    assert output.endswith(f"pictures: {tmp_path / 'run' / 'pictures'}\n")
+    pictures = {path.name for path in (tmp_path / "run/pictures").iterdir()}
+    assert {"curves.png", "raster.svg"} <= pictures
+    monkeypatch.setattr(plots, "run_pictures", lambda *arguments, **options: open(tmp_path / "absent" / "file"))
+    output = run("train", "--resume", tmp_path / "run", "--steps", 21).stdout
+    assert "no pictures: [Errno 2] No such file or directory" in output and "neurogen generate" in output

@@ -12,6 +12,7 @@ from neurogen_cy._version import __version__
 from neurogen_cy.callbacks import Callback
 from neurogen_cy.checkpoint import CheckpointError
 from neurogen_cy.config import Config, Projection, Region
+from neurogen_cy.corpus import open_corpus
 from neurogen_cy.model import NeuroGen
 from neurogen_cy.optimizer import AdamW
 from neurogen_cy.recorder import Recording
@@ -37,5 +38,6 @@ __all__ = [
     "Trainer",
     "__version__",
     "memory_plan",
+    "open_corpus",
     "plots",
 ]

@@ -58,7 +58,7 @@ class Metrics(Callback):
 
     def on_begin(self, trainer: Trainer) -> None:
         """Open the file; what a crash left of later steps is removed."""
-        self._log = MetricsLog(trainer.out / self.FILE, keep=trainer.model.step)
+        self._log = MetricsLog(trainer.out / self.FILE, keep=trainer.tokens)
 
     def on_step(self, trainer: Trainer, record: Record) -> None:
         """Write the record."""

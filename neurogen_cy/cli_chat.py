@@ -47,19 +47,19 @@ def chat(
         model, tokenizer = load_model(path, run_on, 1)
         seed = any_seed() if seed is None else seed
         talk = Conversation(model, tokenizer, stops or ("\n",), tokens, seed, **sampling)
-        list(model.generate([tokenizer.encode("\n")], 1, seed=seed, **sampling))  # checks all of them before it hears
+        model.generate([[0]], 1, seed=seed, **sampling)  # checks them now; nothing is drawn
     click.echo(f"{path}, step {model.step}; /help lists the commands, Ctrl-D ends", err=True)
     for line in _lines():
-        if line.startswith("/"):
-            with _told():
+        with _told():
+            if line.startswith("/"):
                 _obey(talk, *line[1:].split(maxsplit=1))
-        else:
-            _answer(talk, line + "\n")
+            else:
+                _answer(talk, line + "\n")
     click.echo(err=True)
 
 
 class _told(suppress):
-    """Says what was wrong with a command, and goes on."""
+    """Says what was wrong with a line, and goes on."""
 
     def __init__(self) -> None:
         super().__init__(ValueError, OSError)

@@ -72,9 +72,10 @@ def _samples(run: Run) -> list[Samples]:
 
 
 def _prompt(run: Run) -> bytes:
-    """Return a sentence of the validation text."""
-    ids = run.trainer.evaluated.ids[:20_000]
-    return report.sentence_of(run.trainer.tokenizer.decode_bytes(ids))
+    """Return a sentence of the validation text, whole characters of it where the tokenizer needs them."""
+    tokenizer = run.trainer.tokenizer
+    sentence = report.sentence_of(tokenizer.decode_bytes(run.trainer.evaluated.ids[:20_000]))
+    return sentence if tokenizer.kind == "bytes" else sentence.decode("utf-8", "ignore").encode("utf-8")
 
 
 def _announce(run: Run) -> dict[int, float]:
@@ -82,6 +83,8 @@ def _announce(run: Run) -> dict[int, float]:
     trainer = run.trainer
     ngrams = report.ngram_bits(run.text)
     click.echo(report.corpus_text(run.corpus, trainer.tokenizer))
+    if len(trainer.evaluated) < len(run.corpus.validation):
+        click.echo(f"            while it trains, the first {trainer.evaluated.text_bytes:,} bytes of them")
     click.echo(report.ngram_text(ngrams))
     click.echo(report.model_text(run.name, trainer.model))
     click.echo(f"run         {trainer.out}, steps {trainer.model.step} to {trainer.settings.steps}")

@@ -214,6 +214,45 @@ def test_skipped_steps_are_counted_and_shown(tmp_path: Path) -> None:
     assert [r["event"] for r in untimed(tmp_path)][:3] == ["skip", "skip", "step"]
 
 
+@pytest.mark.parametrize("ending", [SystemExit, RuntimeError])
+def test_a_run_resumed_amid_skipped_steps_equals_one_that_went_on(tmp_path: Path, ending: type[BaseException]) -> None:
+    """Whether what was skipped had been saved or not, it is in the metrics once."""
+
+    class Poison(Callback):
+        """Makes the steps that begin with 96 and 120 tokens read not finite; ends the run after the first, once."""
+
+        def __init__(self, ends: bool) -> None:
+            self.ends = ends
+
+        def on_begin(self, trainer: Trainer) -> None:
+            self.sound = np.asarray(trainer.model.parameters()["embedding.weight"]).copy()
+            self._look(trainer)
+
+        def on_step(self, trainer: Trainer, record: dict[str, Any]) -> None:
+            self.sound = np.asarray(trainer.model.parameters()["embedding.weight"]).copy()
+            self._look(trainer)
+
+        def on_skip(self, trainer: Trainer, record: dict[str, Any]) -> None:
+            trainer.model.load_parameters({"embedding.weight": self.sound})
+            if self.ends:
+                self.ends = False
+                raise ending("in the middle")
+            self._look(trainer)
+
+        def _look(self, trainer: Trainer) -> None:
+            if trainer.tokens in (96, 120):
+                poisoned(trainer)
+
+    settings = dataclasses.replace(SETTINGS, save_every=3)
+    begin(tmp_path / "whole", settings, Poison(False), nonfinite="skip").run()
+    with pytest.raises(ending, match="in the middle"):
+        begin(tmp_path / "broken", settings, Poison(True), nonfinite="skip").run()
+    resume(tmp_path / "broken/last", settings, Poison(False)).run()
+    events = [record["event"] for record in untimed(tmp_path / "broken")]
+    assert events.count("skip") == 2 and events.count("step") == 12
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
 def test_too_many_skipped_in_a_row_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_module, "MOST_SKIPPED", 5)
     trainer = begin(tmp_path, SETTINGS, nonfinite="skip")

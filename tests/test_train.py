@@ -94,12 +94,14 @@ def test_it_learns(tmp_path: Path) -> None:
     assert 3.4 > np.mean([record["loss"] for record in steps[-10:]])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_and_resumed_equals_unbroken(tmp_path: Path, unbroken: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(("number", "threads"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
+def test_stopped_and_resumed_equals_unbroken(
+    tmp_path: Path, unbroken: Path, number: signal.Signals, threads: int
+) -> None:
     stop = begin(tmp_path, SETTINGS, AtStep(7, lambda: signal.raise_signal(number))).run()
     assert stop.received == number
     assert checkpoint.read_meta(tmp_path / "last")["cursor"]["tokens_per_stream"] == 7 * 8
-    assert resume(tmp_path / "last").run().received is None
+    assert resume(tmp_path / "last", threads=threads).run().received is None
     assert_same_run(tmp_path, unbroken)
 
 

@@ -30,7 +30,8 @@ Ctrl-D ends, Ctrl-C ends an answer"""
 @click.argument("path", metavar="CHECKPOINT", type=PATH)
 @click.option("--tokens", type=click.IntRange(1), default=200, show_default=True, help="Most tokens of an answer.")
 @click.option(
-    "--stop", "stops", multiple=True, metavar="TEXT", help="Ends an answer; may come again.  [default: a new line]"
+    "--stop", "stops", multiple=True, metavar="TEXT",
+    help="Ends an answer, once there is one; may come again.  [default: a new line]",
 )
 @sampling_options
 @backend_options

@@ -28,7 +28,7 @@ class Conversation:
         With `streams` 1; its state is cleared.
     tokenizer : Tokenizer
     stops : sequence of str
-        What ends the model's turn.
+        What ends the model's turn, once it has said something.
     tokens : int
         Most tokens of one turn.
     seed : int
@@ -55,7 +55,7 @@ class Conversation:
     def answer(self, heard: str) -> Iterator[str]:
         """Hear a text, then yield the answer as it is written. Whoever stops listening has the state of that moment."""
         seed = (self._seed + len(self.said)) % 2**64
-        one = Continuation(self._tokenizer, self._stops)
+        one = Continuation(self._tokenizer, self._stops, skip_blank=True)
         ids = self._tokenizer.encode(heard)
         pieces = write(self._model, self._tokenizer, [ids], self._tokens, [one], carry=True, seed=seed, **self.sampling)
         self.said.append((heard, ""))

@@ -111,7 +111,7 @@ class Trainer:
         self._held_out = held_out(self.evaluated)
         self._elapsed, self._begun = 0.0, time.perf_counter()
         self._skipped = 0  # in a row
-        self._restored = False
+        self._restored: Path | None = None
         self._stop = Stop()
         self._failure: Exception | None = None
         self.callbacks: list[Callback] = [Metrics()]
@@ -139,7 +139,7 @@ class Trainer:
         for name in KEPT:
             setattr(self, name, run[name])
         self.tokens, self._elapsed = run["tokens_read"], run["elapsed"]
-        self._restored = True
+        self._restored = Path(saved)
 
     @property
     def finished(self) -> bool:
@@ -218,7 +218,10 @@ class Trainer:
         self._tell("on_save", path)
 
     def _loop(self) -> None:
-        saved = self.finished or self._restored
+        saved = self.finished or self._restored is not None
+        last = self.out / LAST
+        if self._restored is not None and last.exists() and last.samefile(self._restored):
+            self._keep()  # a crash may have come between the two
         clock = time.monotonic()
         while not (self.finished or self._stop.reason or self._failure):
             saved = False
@@ -226,15 +229,19 @@ class Trainer:
                 continue
             if self._due(self.settings.evaluate_every):
                 self._evaluate()
-            regular = self._due(self.settings.save_every)
             minutes = self.settings.save_minutes
-            if regular or (minutes is not None and time.monotonic() - clock >= 60 * minutes):
+            late = minutes is not None and time.monotonic() - clock >= 60 * minutes
+            if late or self._due(self.settings.save_every):
                 self.save(LAST)
+                self._keep()
                 saved, clock = True, time.monotonic()
-            if regular and self.settings.keep:
-                keeping.keep(self.out / LAST, self.model.step, self.settings.keep)
         if not saved:
             self.save(LAST)
+
+    def _keep(self) -> None:
+        """Keep `last` as the checkpoint of this step, where it is one of those."""
+        if self.settings.keep and self._due(self.settings.save_every):
+            keeping.keep(self.out / LAST, self.model.step, self.settings.keep)
 
     def _due(self, every: int) -> bool:
         return self.finished or self.model.step % every == 0

@@ -20,6 +20,8 @@ class StopStrings:
     ----------
     stops : sequence of str
         Not empty ones. Of two that begin at the same place, the longer one counts.
+    skip_blank : bool
+        Drop white space at the very beginning, and stops in it: a turn that begins with a new line is not over.
 
     Attributes
     ----------
@@ -27,11 +29,12 @@ class StopStrings:
         The string that came.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], skip_blank: bool = False) -> None:
         if not all(stops):
             raise ValueError("stop: expected at least one character, got an empty text")
         self._stops = sorted(stops, key=len, reverse=True)
         self._held = ""
+        self._blank = skip_blank
         self.found: str | None = None
 
     def push(self, text: str) -> str:
@@ -39,6 +42,9 @@ class StopStrings:
         if self.found is not None:
             return ""
         self._held += text
+        if self._blank:
+            self._held = self._held.lstrip()
+            self._blank = not self._held
         places = [(place, stop) for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if places:
             place, self.found = min(places, key=lambda each: each[0])
@@ -59,7 +65,7 @@ class StopStrings:
 
 
 class Continuation:
-    """The text that one stream writes.
+    """The text that one stream writes; `stops` and `skip_blank` are those of `StopStrings`.
 
     Attributes
     ----------
@@ -71,10 +77,10 @@ class Continuation:
         "tokens" as long as it may go on, the stop string that was found, or "end of document".
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), skip_blank: bool = False) -> None:
         self._decoder = tokenizer.decoder()
         self._end = tokenizer.end
-        self._stops = StopStrings(stops)
+        self._stops = StopStrings(stops, skip_blank)
         self.text = ""
         self.tokens = 0
         self.ending = "tokens"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import shutil
 import struct
 import sys
 from pathlib import Path
@@ -161,6 +162,9 @@ def test_keep_leaves_the_newest_steps_beside_last_and_best(tmp_path: Path) -> No
     with pytest.raises(RuntimeError):
         begin(broken, settings, Fails("on_step", 7)).run()
     assert sorted(path.name for path in broken.iterdir())[3:] == ["step-000002", "step-000004", "step-000006"]
+    resume(broken / "last", settings).run()
+    assert_same_run(tmp_path / "whole", broken)
+    shutil.rmtree(broken / "step-000012")  # as if the process had been killed between the two
     resume(broken / "last", settings).run()
     assert_same_run(tmp_path / "whole", broken)
     # Going on from an earlier one, what was kept of later steps makes room first.

@@ -69,6 +69,9 @@ def test_stop_strings_hold_back_no_more_than_they_must() -> None:
     ]  # fmt: skip
     assert strings.found == "User:" and strings.finish() == ""
     assert passed(["ab", "abc"], ["xabc"]) == ("x", "abc")
+    turn = StopStrings(["\n"], skip_blank=True)
+    assert [turn.push(piece) for piece in ("\n", " \n a", " b", "\nc")] == ["", "a", " b", ""]
+    assert turn.found == "\n"
     with pytest.raises(ValueError, match="stop: expected at least one character, got an empty text"):
         StopStrings([""])
 

@@ -27,7 +27,7 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, keep: int = 0) -> None:
-        kept = [line for line, record in _records(path) if record["tokens"] <= keep] if keep else []
+        kept = [line for line, record in _records(path, "tokens") if record["tokens"] <= keep] if keep else []
         beside = path.with_name(path.name + ".tmp")
         beside.write_text("".join(kept), encoding="utf-8")
         os.replace(beside, path)
@@ -50,8 +50,8 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return [record for _, record in _records(Path(path))]
 
 
-def _records(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Return each whole line of the file, none if it is absent, with the record in it."""
+def _records(path: Path, key: str = "step") -> list[tuple[str, dict[str, Any]]]:
+    """Return each whole line of the file, none if it is absent, with the record in it; `key` is a whole number."""
     if not path.exists():
         return []
     pairs = []
@@ -60,11 +60,9 @@ def _records(path: Path) -> list[tuple[str, dict[str, Any]]]:
             break
         try:
             record = json.loads(line)
-            if not (isinstance(record["step"], int) and isinstance(record["tokens"], int)):
+            if not isinstance(record[key], int):
                 raise TypeError("no whole number")
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"{path}: line {number}: expected a record with a step and tokens, got {line!r}"
-            ) from error
+            raise ValueError(f"{path}: line {number}: expected a record with {key}, got {line!r}") from error
         pairs.append((line, record))
     return pairs

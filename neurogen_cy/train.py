@@ -186,7 +186,9 @@ class Trainer:
                 if self._failure is None:
                     self._loop()
         except Exception as error:
-            raise error from self._failure
+            if self._failure is not None:
+                raise error from self._failure
+            raise
         finally:
             self._tell("on_end")
         if self._failure is not None:
@@ -203,7 +205,7 @@ class Trainer:
         """Write the checkpoint `name` of this run."""
         model = self.model
         run = {
-            **asdict(self.settings),
+            **asdict(replace(self.settings, max_minutes=None)),
             "streams": model.streams,
             "accumulate": model.accumulate,
             "tokens": model.max_tokens,
@@ -318,9 +320,8 @@ def run_facts(meta: Mapping[str, Any], saved: str | os.PathLike[str]) -> dict[st
 
 
 def settings_of(run: Mapping[str, Any], **changed: Any) -> TrainSettings:
-    """Return the settings of a run to go on with: its own but for `max_minutes`, and what is changed."""
-    kept = {field.name: run[field.name] for field in fields(TrainSettings)}
-    return replace(TrainSettings(**kept), **{"max_minutes": None, **changed})
+    """Return the settings of a run to go on with: its own, and what is changed."""
+    return TrainSettings(**{field.name: run[field.name] for field in fields(TrainSettings)} | changed)
 
 
 def _tokens(text: Tokens | bytes) -> Tokens:

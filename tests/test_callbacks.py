@@ -133,15 +133,7 @@ def test_a_time_budget_stops_and_saves(tmp_path: Path, unbroken: Path) -> None:
     trainer = begin(tmp_path, settings)
     assert trainer.run().reason == "1e-09 minutes are over" and trainer.model.step == 1
     resume(tmp_path / "last").run()
-    assert_budget_free(tmp_path, unbroken)
-
-
-def assert_budget_free(one: Path, other: Path) -> None:
-    """The weights do not know of the clock."""
-    assert untimed(one) == untimed(other)
-    for name in ("last", "best"):
-        files = [(out / name / "model.safetensors").read_bytes() for out in (one, other)]
-        assert files[0] == files[1]
+    assert_same_run(tmp_path, unbroken)
 
 
 def test_a_token_budget_is_a_number_of_steps(tmp_path: Path) -> None:

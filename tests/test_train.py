@@ -188,9 +188,9 @@ def test_other_checkpoints_are_not_resumed(tmp_path: Path, unbroken: Path) -> No
 def test_metrics_refuse_a_damaged_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     assert read_metrics(path) == []
-    for line in ("nonsense", "[1]", '{"loss": 1}', '{"step": 2}', '{"step": "1", "tokens": 1}'):
+    for line in ("nonsense", "[1]", '{"step": 1}', '{"step": 1, "tokens": "1"}'):
         path.write_text('{"step": 1, "tokens": 1}\n' + line + "\n")
-        with pytest.raises(ValueError, match="metrics.jsonl: line 2: expected a record with a step and tokens, got"):
+        with pytest.raises(ValueError, match="metrics.jsonl: line 2: expected a record with tokens, got"):
             MetricsLog(path, keep=1)
     log = MetricsLog(path)
     with pytest.raises(ValueError, match="not JSON compliant"):

@@ -49,7 +49,7 @@ def evaluate(
             corpus = open_same_corpus(about["corpus"], tokenizer, progress=show_tokenising())
         else:
             corpus = open_corpus(data, tokenizer, progress=show_tokenising())
-        tokens = corpus.whole() if whole else corpus.validation
+        tokens = corpus.whole if whole else corpus.validation
         parts = held_out(tokens)
     nats = model.evaluate(*parts)
     bits = tokens.bits_per_byte(nats)

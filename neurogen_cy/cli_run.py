@@ -48,7 +48,7 @@ class Run:
     def text(self) -> tuple[bytes, bytes] | None:
         """Text to count n-grams on, and what of the validation text the model is measured on; None for a large one."""
         text = self.corpus.text()
-        return None if text is None else (text[0], text[1][: self.trainer.evaluated.bytes])
+        return None if text is None else (text[0], text[1][: self.trainer.evaluated.text_bytes])
 
 
 def begin(options: Options) -> Run:
@@ -99,7 +99,7 @@ def resume(options: Options) -> Run | None:
     if options["tokenizer"] is not None:
         expect_same(load(options["tokenizer"]), tokenizer)
     corpus = open_same_corpus(
-        about["corpus"], tokenizer, options["data"], validation=options["validation"], progress=show_tokenising()
+        about["corpus"], tokenizer, spec=options["data"], validation=options["validation"], progress=show_tokenising()
     )
     chosen = {} if options["nonfinite"] is None else {"nonfinite": options["nonfinite"]}
     with usage_errors(RuntimeError, MemoryError):

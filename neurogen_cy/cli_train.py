@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from neurogen_cy import report
+from neurogen_cy import plots, report
 from neurogen_cy.callbacks import Samples
 from neurogen_cy.cli_common import backend_options, is_checkpoint, usage_errors
 from neurogen_cy.cli_run import Run, begin, resume
@@ -53,6 +53,8 @@ def train(**options: Any) -> None:
         click.echo(f"to continue: neurogen train --resume auto --out {trainer.out}")
     else:
         _conclude(run, ngrams)
+        if options["pictures"]:
+            _draw(run)
     if stop.received is not None:
         raise SystemExit(128 + stop.received)
 
@@ -107,3 +109,17 @@ def _conclude(run: Run, ngrams: dict[int, float]) -> None:
     best = trainer.out / BEST
     click.echo(f"\ncheckpoints: {trainer.out / LAST}, {best}")
     click.echo(f'to hear more: neurogen generate {best} --prompt "The "')
+
+
+def _draw(run: Run) -> None:
+    """Draw the run and its brain, and print where the pictures are, or why there are none."""
+    trainer = run.trainer
+    if (reason := plots.unavailable()) is not None:
+        click.echo(reason)
+        return
+    try:
+        plots.run_pictures(trainer.out, trainer.model, text=_prompt(run), tokenizer=trainer.tokenizer)
+    except (OSError, ValueError) as error:  # the run itself is finished and saved
+        click.echo(f"no pictures: {error}")
+    else:
+        click.echo(f"pictures: {trainer.out / plots.FOLDER}")

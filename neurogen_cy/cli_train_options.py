@@ -20,19 +20,12 @@ COUNT = click.IntRange(1)
 POSITIVE = click.FloatRange(0, min_open=True)
 
 
-class Groups(click.ParamType):
-    """`2`, or `2x32`: groups of streams, and how many streams each has."""
-
-    name = "groups"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int | None]:
-        """Return the groups and the streams, None where they are not said."""
-        if isinstance(value, tuple):
-            return value
-        match = re.fullmatch(r"([1-9]\d{0,8})(?:x([1-9]\d{0,8}))?", value)
-        if match is None:
-            self.fail(f"expected N or NxB as in 2x32, whole numbers >= 1, got {value!r}", param, ctx)
-        return int(match[1]), int(match[2]) if match[2] else None
+def _groups(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int | None] | None:
+    """"2" -> (2, None), "2x32" -> (2, 32): groups of streams, and how many streams each has."""
+    match = re.fullmatch(r"([1-9]\d{0,8})(?:x([1-9]\d{0,8}))?", value or "1")
+    if match is None:
+        raise click.BadParameter(f"expected N or NxB as in 2x32, whole numbers >= 1, got {value!r}")
+    return None if value is None else (int(match[1]), int(match[2]) if match[2] else None)
 
 
 def _option(name: str, kind: Any, text: str, default: Any = None, metavar: str | None = None) -> Any:
@@ -54,8 +47,8 @@ _OPTIONS = (
     _option("max-tokens", COUNT, "Tokens to read in all: as many steps as they are enough for, at most --steps."),
     _option("max-minutes", POSITIVE, "Stop, saved, after so long; counted from the start of this command."),
     _option("streams", COUNT, "Streams read side by side.", STREAMS),
-    _option("accumulate", Groups(), "Groups of streams that take turns: one step of N x streams in the memory of one.",
-            1, "N|NxB"),
+    click.option("--accumulate", callback=_groups, metavar="N|NxB", help="Groups of streams that take turns: a step of "
+                 "N x streams in the memory of one group.  [default: 1]"),
     _option("tokens", COUNT, "Tokens of each stream in a step.", TOKENS),
     _option("lr", float, "Highest learning rate.", TrainSettings.lr),
     _option("warmup", click.IntRange(0), "Steps in which the rate rises.",
@@ -75,6 +68,7 @@ _OPTIONS = (
     _option("keep", click.IntRange(0), "Checkpoints of earlier steps that stay, beside last and best.",
             TrainSettings.keep, "N"),
     click.option("--tensorboard", is_flag=True, help="Write the metrics for TensorBoard too, in OUT/tensorboard."),
+    click.option("--pictures/--no-pictures", default=True, help="Draw the run at its end, in OUT/pictures."),
     _option("out", PATH, "Folder of the run.", "runs/NAME of preset or config", "DIR"),
     _option("resume", str, "Continue from a checkpoint; auto: from OUT/last if it is there, else begin.",
             metavar="auto|DIR"),
@@ -95,7 +89,7 @@ def groups_of(
 
     Parameters
     ----------
-    accumulate : as from `Groups`, None where it is not said
+    accumulate : groups and their streams, None where they are not said
     streams : int or None
     total : int or None
         Streams of a run that goes on: they may be grouped anew.
@@ -111,7 +105,7 @@ def groups_of(
     width = width or streams
     if total is None:
         return groups or 1, width or STREAMS
-    groups = groups or (total // width if width else 1)
+    groups = groups or (max(1, total // width) if width else 1)
     width = width or total // groups
     if groups * width != total:
         raise ValueError(f"expected {total} streams in all, as the run has, got {groups} x {width}")

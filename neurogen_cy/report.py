@@ -25,9 +25,9 @@ def corpus_text(corpus: Corpus, tokenizer: Tokenizer) -> str:
     """Return the lines that say what is read: name, size, hash, split and tokens."""
     facts, training, validation = corpus.facts, corpus.training, corpus.validation
     if held := facts.get("validation"):
-        split = f"all of its {training.bytes:,} bytes to train, the {validation.bytes:,} of {held['name']} to validate"
+        split = f"all of it to train, the {validation.text_bytes:,} bytes of {held['name']} to validate"
     else:
-        split = f"the first {training.bytes:,} bytes to train, the last {validation.bytes:,} to validate"
+        split = f"the first {training.text_bytes:,} bytes to train, the last {validation.text_bytes:,} to validate"
     lines = [
         f"corpus      {facts['name']} ({facts['source']})",
         f"            {facts['bytes']:,} bytes, sha256 {facts['sha256']}",
@@ -36,7 +36,7 @@ def corpus_text(corpus: Corpus, tokenizer: Tokenizer) -> str:
     if tokenizer.kind != "bytes":
         lines.append(
             f"tokens      {tokenizer.kind}, {tokenizer.vocab_size:,} of them; {len(training):,} to train, "
-            f"{training.bytes / max(1, len(training)):.2f} bytes each"
+            f"{training.text_bytes / max(1, len(training)):.2f} bytes each"
         )
     return "\n".join(lines)
 
@@ -94,5 +94,5 @@ def token_text(nats: float, tokens: Tokens, tokenizer: Tokenizer) -> str:
         return ""
     return (
         f"\nper token: {nats:.4f} nats, perplexity {math.exp(nats):.2f} "
-        f"({tokens.bytes / len(tokens):.2f} bytes a token; the table counts bytes)"
+        f"({tokens.text_bytes / len(tokens):.2f} bytes a token; the table counts bytes)"
     )

@@ -1,4 +1,4 @@
-"""The command line `neurogen`: train, eval, generate, chat, plot, info, diagnose."""
+"""The command line `neurogen`: train, eval, generate, chat, plot, tokenizer, info, diagnose."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from neurogen_cy.cli_eval import evaluate
 from neurogen_cy.cli_generate import generate
 from neurogen_cy.cli_info import info
 from neurogen_cy.cli_plot import plot
+from neurogen_cy.cli_tokenizer import tokenizer
 from neurogen_cy.cli_train import train
 
 
@@ -25,5 +26,6 @@ main.add_command(evaluate)
 main.add_command(generate)
 main.add_command(chat)
 main.add_command(plot)
+main.add_command(tokenizer)
 main.add_command(info)
 main.add_command(diagnose)

@@ -160,7 +160,7 @@ def _tokens(
         for piece, ids in tokenised(cut, tokenizer):
             yield piece, ids
             if progress is not None:
-                progress(piece.at + piece.size, total)
+                progress(piece.end, total)
 
     identity = {"source": source.place, "field": field, "tokenizer": tokenizer.to_dict(), "held_out": hold_out}
     cache = token_cache.TokenCache(root, identity, source.manifest(), tokenizer.vocab_size)

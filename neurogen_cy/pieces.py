@@ -52,6 +52,16 @@ class Piece:
     where: str
     offset: int
 
+    @property
+    def separated(self) -> bool:
+        """Whether a separator stands before it."""
+        return self.first and self.at > 0
+
+    @property
+    def end(self) -> int:
+        """The byte of the whole text behind it."""
+        return self.at + self.separated + self.size
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -136,7 +146,7 @@ def _encoded(batch: list[Piece], tokenizer: Tokenizer) -> Iterator[tuple[Piece, 
         rows = [_encode(piece, tokenizer) for piece in batch]
     separator = tokenizer.separator
     for piece, ids in zip(batch, rows):
-        yield piece, np.concatenate([separator, ids]) if piece.first and piece.at > 0 else ids
+        yield piece, np.concatenate([separator, ids]) if piece.separated else ids
 
 
 def _encode(piece: Piece, tokenizer: Tokenizer) -> Int32:

@@ -134,7 +134,7 @@ class TokenCache:
                 if piece.first:
                     starts.write(np.array([tokens.count]))
                 tokens.write(ids)
-                text_bytes = piece.at + (piece.first and piece.at > 0) + piece.size
+                text_bytes = piece.end
         finally:
             for writer in writers.values():
                 writer.close()

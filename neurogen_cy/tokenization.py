@@ -188,11 +188,16 @@ def load(path: str | os.PathLike[str] | None) -> Tokenizer:
         if not inside:
             raise FileNotFoundError(f"{file}: expected {' or '.join(FILES.values())} in this folder, got neither")
         file = inside[0]
+    if not file.is_file():
+        raise FileNotFoundError(f"expected the file of a tokenizer, got {file}: no such file")
     if file.stat().st_size > MAX_FILE:
         raise ValueError(f"{file}: expected a tokenizer of at most {MAX_FILE:,} bytes, got {file.stat().st_size:,}")
     raw = file.read_bytes()
-    written = raw.lstrip()[:1] in (b"{", b"[") or file.suffix == ".json"
-    return from_bytes("json" if written else "sentencepiece", raw, file)
+    if raw.lstrip()[:1] == b"{" or file.suffix == ".json":
+        return from_bytes("json", raw, file)
+    if raw[:1] == b"\n" or file.suffix == ".model":  # as the first field of a model is written
+        return from_bytes("sentencepiece", raw, file)
+    raise ValueError(f"{file}: expected a tokenizers JSON file or a SentencePiece model, got neither")
 
 
 FILES = {"json": "tokenizer.json", "sentencepiece": "tokenizer.model"}
@@ -245,7 +250,7 @@ def _as_saved(directory: str | os.PathLike[str], facts: Any) -> Tokenizer:
     kind = facts.get("kind") if isinstance(facts, Mapping) else None
     if kind == ByteTokenizer.kind:
         tokenizer: Tokenizer = ByteTokenizer()
-    elif kind in FILES:
+    elif isinstance(kind, str) and kind in FILES:
         raw = checkpoint.read_file(directory, FILES[kind])
         try:
             tokenizer = from_bytes(kind, raw, Path(directory, FILES[kind]))

@@ -1,12 +1,16 @@
 """Fixtures: every behavioural test runs on the CPU and on the GPU."""
 
 import os
+import tempfile
 
 import numpy as np
 import pytest
 
 import neurogen_cy as ng
 from neurogen_cy import backend as backends
+
+_caches = tempfile.TemporaryDirectory(prefix="neurogen-tests-")
+os.environ["NEUROGEN_CACHE"] = _caches.name  # not the user's own
 
 REQUIRE_GPU = os.environ.get("NEUROGEN_REQUIRE_GPU") == "1"
 

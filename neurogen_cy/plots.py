@@ -116,6 +116,7 @@ def write(pictures: Pictures, folder: Path, formats: Iterable[str]) -> list[Path
     files = []
     for name, draw in pictures.items():
         figure = draw()
+        figure.set_layout_engine("none")  # it is laid out, once for all formats
         for kind in formats:
             files.append(folder / f"{name}.{kind}")
             save(figure, files[-1])

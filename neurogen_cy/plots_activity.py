@@ -93,7 +93,7 @@ def raster(model: NeuroGen, text: Any, tokenizer: Tokenizer | None = None) -> Fi
     shown = [np.unique(np.linspace(0, r.neurons - 1, min(r.neurons, SHOWN)).round().astype(int)) for r in regions]
     heights = [0.35 + len(rows) / SHOWN for rows in shown]
     figure = style.new_figure(_width(len(names)), 1.1 + 1.15 * sum(heights))
-    panels = figure.subplots(len(regions), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    panels = figure.subplots(len(regions), 1, squeeze=False, height_ratios=heights)[:, 0].tolist()
     top = max(2.0, *(float(values[0].max()) for values in record.s.values()))
     for axes, region, rows in zip(panels, regions, shown):
         spikes = record.s[region.name][0, :SPAN]
@@ -103,11 +103,9 @@ def raster(model: NeuroGen, text: Any, tokenizer: Tokenizer | None = None) -> Fi
         axes.set_ylabel("neuron")
         axes.set_yticks([])
         axes.grid(visible=False)
-    for axes in panels[:-1]:
-        axes.tick_params(bottom=False)
-    style.token_axis(panels[-1], names, record.ids.shape[1], _width(len(names)))
+    style.token_axis(panels, names, record.ids.shape[1], _width(len(names)))
     if model.config.graded:
-        figure.colorbar(image, ax=list(panels), label="spike amplitude (thresholds)", aspect=40, shrink=0.6, pad=0.01)
+        figure.colorbar(image, ax=panels, label="spike amplitude (thresholds)", aspect=40, shrink=0.6, pad=0.01)
     return figure
 
 
@@ -149,7 +147,7 @@ def gates(model: NeuroGen, text: Any, tokenizer: Tokenizer | None = None) -> Fig
     if not regions:
         raise ValueError("expected a connectome with gates, got one without projections of kind 'gate'")
     figure = style.new_figure(_width(len(names)), 1.0 + 1.5 * len(regions))
-    panels = figure.subplots(len(regions), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    panels = figure.subplots(len(regions), 1, squeeze=False)[:, 0].tolist()
     tokens = np.arange(len(names))
     for axes, region in zip(panels, regions):
         values = record.gates[region.name][0, :SPAN]
@@ -161,10 +159,8 @@ def gates(model: NeuroGen, text: Any, tokenizer: Tokenizer | None = None) -> Fig
         axes.set_title(f"{region.name}, gated by {', '.join(_gating(model.config, region.name))}")
         axes.set_ylabel("gate G (factor)")
         axes.set_ylim(0, 2)
-    for axes in panels[:-1]:
-        axes.tick_params(bottom=False)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=4)
-    style.token_axis(panels[-1], names, record.ids.shape[1], _width(len(names)))
+    style.token_axis(panels, names, record.ids.shape[1], _width(len(names)))
     return figure
 
 

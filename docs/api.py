@@ -27,8 +27,8 @@ def page() -> str:
     """Return the whole reference as Markdown."""
     parts = [
         "# Reference\n",
-        "Written from the docstrings by `python docs/api.py`. Shape letters: B streams, T tokens, V vocabulary, D width",
-        "of the embedding and of Broca's output, n neurons of a region.\n",
+        "Written from the docstrings by `python docs/api.py`. Shape letters: B streams, T tokens, V vocabulary, D",
+        "width of the embedding and of Broca's output, n neurons of a region.\n",
         "## neurogen_cy\n",
         _text(inspect.getdoc(neurogen_cy) or ""),
     ]

@@ -8,12 +8,10 @@ from typing import Any
 import click
 
 from neurogen_cy import plots
-from neurogen_cy.cli_common import PATH, backend_options, checkpoint_in, is_checkpoint, usage_errors
+from neurogen_cy.cli_common import PATH, backend_options, checkpoint_in, is_checkpoint, load_model, usage_errors
 from neurogen_cy.config import Config
-from neurogen_cy.model import NeuroGen
 from neurogen_cy.train import BEST, METRICS
 
-MAX_TOKENS = 64  # of one call; longer texts take several
 LONGEST = 4096  # bytes of a file that are heard
 
 
@@ -80,8 +78,8 @@ def _pictures(path: Path, text: str | bytes | None, only: tuple[str, ...], run_o
             return out
     saved = checkpoint_in(path, BEST)
     if is_checkpoint(saved):
-        model = NeuroGen.load(saved, streams=1, max_tokens=MAX_TOKENS, **run_on)
-        out |= plots.model_pictures(model, text)
+        model, tokenizer = load_model(saved, run_on, 1)
+        out |= plots.model_pictures(model, text, tokenizer)
     if not out:
         raise ValueError(f"{path}: expected a run, a checkpoint or a connectome in a .toml file, got none of them")
     return out

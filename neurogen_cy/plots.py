@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from neurogen_cy.plots_activity import Tokens, gates, heard, histograms, raster
+from neurogen_cy.plots_activity import gates, heard, histograms, raster
 from neurogen_cy.plots_connectome import connectome
 from neurogen_cy.plots_run import curves
 from neurogen_cy.plots_style import save, styled, unavailable
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from neurogen_cy.model import NeuroGen
+    from neurogen_cy.tokenization import Tokenizer
 
 __all__ = [
     "FOLDER", "FORMATS", "KINDS", "SENTENCE", "Pictures", "connectome", "curves", "gates", "histograms",
@@ -44,7 +45,7 @@ def run_pictures(
     run: str | os.PathLike[str],
     model: NeuroGen | None = None,
     text: Any = None,
-    tokenizer: Tokens | None = None,
+    tokenizer: Tokenizer | None = None,
     formats: Sequence[str] = FORMATS,
 ) -> list[Path]:
     """Draw all pictures of a run into its folder `pictures`.
@@ -54,7 +55,8 @@ def run_pictures(
     run : path
         Folder of the run, with its `metrics.jsonl`.
     model : NeuroGen, optional
-        Whose connectome and activity to draw; nothing of it changes. The run's best checkpoint by default, on the CPU.
+        Whose connectome and activity to draw; nothing of it changes. The run's best checkpoint by default, on the CPU,
+        and its tokenizer.
     text, tokenizer
         What it hears, by default a sentence; see `raster`.
     formats : sequence of str
@@ -76,14 +78,16 @@ def run_pictures(
         run = Path(run)
     if model is None:
         from neurogen_cy.model import NeuroGen
+        from neurogen_cy.tokenization import load_saved
         from neurogen_cy.train import BEST
 
         model = NeuroGen.load(run / BEST, backend="cpu", streams=1)
+        tokenizer = load_saved(run / BEST)
     pictures = {"curves": lambda: curves(run), **model_pictures(model, text, tokenizer)}
     return write(pictures, run / FOLDER, formats)
 
 
-def model_pictures(model: NeuroGen, text: Any = None, tokenizer: Tokens | None = None) -> Pictures:
+def model_pictures(model: NeuroGen, text: Any = None, tokenizer: Tokenizer | None = None) -> Pictures:
     """Return what draws the pictures of a model that hears a text (once for all of them), by their names.
 
     Parameters
@@ -112,6 +116,7 @@ def write(pictures: Pictures, folder: Path, formats: Iterable[str]) -> list[Path
     files = []
     for name, draw in pictures.items():
         figure = draw()
+        figure.set_layout_engine("none")  # it is laid out, once for all formats
         for kind in formats:
             files.append(folder / f"{name}.{kind}")
             save(figure, files[-1])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from neurogen_cy import plots_style as style
 from neurogen_cy.recorder import Recording
+from neurogen_cy.tokenization import ByteTokenizer, Tokenizer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,17 +23,7 @@ SPAN = 400  # tokens of a raster or of gates, at most
 BINS = 40
 
 
-class Tokens(Protocol):
-    """What is needed of a tokenizer."""
-
-    def encode(self, text: bytes | str) -> NDArray[Any]:
-        """Return the ids of a text."""
-
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """Return the text of ids."""
-
-
-def heard(model: NeuroGen, text: Any, tokenizer: Tokens | None = None) -> Recording:
+def heard(model: NeuroGen, text: Any, tokenizer: Tokenizer | None = None) -> Recording:
     """Return the record of a text.
 
     Parameters
@@ -49,22 +39,20 @@ def heard(model: NeuroGen, text: Any, tokenizer: Tokens | None = None) -> Record
     if isinstance(text, (str, bytes)):
         if not text:
             raise ValueError("text: expected at least one character, got an empty text")
-        if tokenizer is not None:
-            text = tokenizer.encode(text)
-        elif model.config.vocab_size == 256:
-            text = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
-            text = np.frombuffer(text, np.uint8).astype(np.int32)
-        else:
+        tokenizer = tokenizer or ByteTokenizer()
+        if tokenizer.vocab_size != model.config.vocab_size:
             raise ValueError(
-                f"text: expected token ids or a tokenizer for a vocabulary of {model.config.vocab_size}, got a text"
+                f"text: expected token ids or a tokenizer of {model.config.vocab_size} tokens, got a text for one of "
+                f"{tokenizer.vocab_size}"
             )
+        text = tokenizer.encode(text)
     return model.record(np.asarray(text) if isinstance(text, (list, tuple)) else text)
 
 
-def _labels(model: NeuroGen, ids: NDArray[Any], tokenizer: Tokens | None) -> list[str]:
-    if tokenizer is not None:
-        return [style.token_label(tokenizer.decode_bytes([int(i)])) for i in ids]
-    return [style.token_label(bytes([i])) if model.config.vocab_size == 256 else str(i) for i in ids.tolist()]
+def _labels(model: NeuroGen, ids: NDArray[Any], tokenizer: Tokenizer | None) -> list[str]:
+    if tokenizer is None and model.config.vocab_size == ByteTokenizer.vocab_size:
+        tokenizer = ByteTokenizer()
+    return [str(i) if tokenizer is None else style.token_label(tokenizer.decode_bytes([i])) for i in ids.tolist()]
 
 
 def _upwards(config: Config) -> list[Any]:
@@ -77,7 +65,7 @@ def _width(tokens: int) -> float:
 
 
 @style.picture
-def raster(model: NeuroGen, text: Any, tokenizer: Tokens | None = None) -> Figure:
+def raster(model: NeuroGen, text: Any, tokenizer: Tokenizer | None = None) -> Figure:
     """Draw which neurons spike at which token, region by region, the input at the bottom.
 
     Parameters
@@ -105,7 +93,7 @@ def raster(model: NeuroGen, text: Any, tokenizer: Tokens | None = None) -> Figur
     shown = [np.unique(np.linspace(0, r.neurons - 1, min(r.neurons, SHOWN)).round().astype(int)) for r in regions]
     heights = [0.35 + len(rows) / SHOWN for rows in shown]
     figure = style.new_figure(_width(len(names)), 1.1 + 1.15 * sum(heights))
-    panels = figure.subplots(len(regions), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    panels = figure.subplots(len(regions), 1, squeeze=False, height_ratios=heights)[:, 0].tolist()
     top = max(2.0, *(float(values[0].max()) for values in record.s.values()))
     for axes, region, rows in zip(panels, regions, shown):
         spikes = record.s[region.name][0, :SPAN]
@@ -115,11 +103,9 @@ def raster(model: NeuroGen, text: Any, tokenizer: Tokens | None = None) -> Figur
         axes.set_ylabel("neuron")
         axes.set_yticks([])
         axes.grid(visible=False)
-    for axes in panels[:-1]:
-        axes.tick_params(bottom=False)
-    style.token_axis(panels[-1], names, record.ids.shape[1], _width(len(names)))
+    style.token_axis(panels, names, record.ids.shape[1], _width(len(names)))
     if model.config.graded:
-        figure.colorbar(image, ax=list(panels), label="spike amplitude (thresholds)", aspect=40, shrink=0.6, pad=0.01)
+        figure.colorbar(image, ax=panels, label="spike amplitude (thresholds)", aspect=40, shrink=0.6, pad=0.01)
     return figure
 
 
@@ -137,7 +123,7 @@ def _spikes(axes: Axes, spikes: NDArray[Any], graded: bool, top: float) -> Any:
 
 
 @style.picture
-def gates(model: NeuroGen, text: Any, tokenizer: Tokens | None = None) -> Figure:
+def gates(model: NeuroGen, text: Any, tokenizer: Tokenizer | None = None) -> Figure:
     """Draw what the gates of each gated region do over a text: 0 shuts the drive off, 1 lets it through, 2 doubles it.
 
     Parameters
@@ -161,7 +147,7 @@ def gates(model: NeuroGen, text: Any, tokenizer: Tokens | None = None) -> Figure
     if not regions:
         raise ValueError("expected a connectome with gates, got one without projections of kind 'gate'")
     figure = style.new_figure(_width(len(names)), 1.0 + 1.5 * len(regions))
-    panels = figure.subplots(len(regions), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    panels = figure.subplots(len(regions), 1, squeeze=False)[:, 0].tolist()
     tokens = np.arange(len(names))
     for axes, region in zip(panels, regions):
         values = record.gates[region.name][0, :SPAN]
@@ -173,10 +159,8 @@ def gates(model: NeuroGen, text: Any, tokenizer: Tokens | None = None) -> Figure
         axes.set_title(f"{region.name}, gated by {', '.join(_gating(model.config, region.name))}")
         axes.set_ylabel("gate G (factor)")
         axes.set_ylim(0, 2)
-    for axes in panels[:-1]:
-        axes.tick_params(bottom=False)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=4)
-    style.token_axis(panels[-1], names, record.ids.shape[1], _width(len(names)))
+    style.token_axis(panels, names, record.ids.shape[1], _width(len(names)))
     return figure
 
 
@@ -185,7 +169,7 @@ def _gating(config: Config, name: str) -> list[str]:
 
 
 @style.picture
-def histograms(model: NeuroGen, text: Any, tokenizer: Tokens | None = None) -> Figure:
+def histograms(model: NeuroGen, text: Any, tokenizer: Tokenizer | None = None) -> Figure:
     """Draw how firing rates and membrane potentials are spread in each region while a text is heard.
 
     Parameters

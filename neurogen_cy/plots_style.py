@@ -126,12 +126,13 @@ def token_label(token: bytes) -> str:
     )
 
 
-def token_axis(axes: Axes, labels: Sequence[str], tokens: int, inches: float) -> None:
-    """Put the tokens under an x axis whose unit is the token, their places in the text where they would not fit.
+def token_axis(panels: Sequence[Axes], labels: Sequence[str], tokens: int, inches: float) -> None:
+    """Put the tokens under panels whose unit is the token, their places in the text where they would not fit.
 
     Parameters
     ----------
-    axes : Axes
+    panels : sequence of Axes
+        From top to bottom; only the last one gets ticks, which cost more time than all the rest.
     labels : sequence of str
         One for each token that is drawn.
     tokens : int
@@ -142,7 +143,10 @@ def token_axis(axes: Axes, labels: Sequence[str], tokens: int, inches: float) ->
     from matplotlib.ticker import NullLocator
 
     count = len(labels)
-    axes.set_xlim(-0.5, count - 0.5)
+    for axes in panels:
+        axes.set_xlim(-0.5, count - 0.5)
+        if axes is not panels[-1]:
+            axes.set_xticks([])
     axes.xaxis.set_minor_locator(NullLocator())
     widest = max(map(len, labels))
     if count * 0.1 <= inches:

@@ -10,6 +10,7 @@ from pictures import CONFIG, check_files, outside, overlapping
 
 import neurogen_cy as ng
 from neurogen_cy import plots
+from neurogen_cy.tokenization import ByteTokenizer
 
 matplotlib = pytest.importorskip("matplotlib")
 TEXT = "It hears $x_1$,\tand writes."
@@ -157,9 +158,10 @@ def test_names_stay_inside_their_boxes():
     assert boxes[name].x0 < text.get_window_extent().x0 and text.get_window_extent().x1 < boxes[name].x1
 
 
-class Words:
+class Words(ByteTokenizer):
     """A tokenizer of five words."""
 
+    vocab_size = 5
     words = (b"the ", b"brain ", "gr\u00fc\u00df $ ".encode(), b"\xff\xfe", b"")
 
     def encode(self, text):
@@ -177,7 +179,7 @@ def test_tokens_of_a_tokenizer_stand_under_the_axis():
     assert tick_texts(plots.gates(model, "the |brain ", Words()).axes[-1]) == ["the\u2423", "brain\u2423"]
     assert tick_texts(plots.gates(model, [2, 3]).axes[-1]) == ["2", "3"]
     assert not overlapping(figure) and not outside(figure)
-    with pytest.raises(ValueError, match="token ids or a tokenizer for a vocabulary of 5, got a text"):
+    with pytest.raises(ValueError, match="token ids or a tokenizer of 5 tokens, got a text for one of 256"):
         plots.raster(model, "text")
 
 

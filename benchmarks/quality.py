@@ -28,7 +28,7 @@ import neurogen_cy as ng
 from neurogen_cy import checkpoint, ngram
 from neurogen_cy import data as corpora
 from neurogen_cy.metrics import read_metrics
-from neurogen_cy.train import Settings
+from neurogen_cy.train_settings import TrainSettings
 
 
 def command():
@@ -102,7 +102,7 @@ def on_gpu(arguments):
         cfg, backend=args.backend, streams=args.streams, max_tokens=args.tokens, seed=args.seed, optimizer=optimizer,
         precision=args.precision,
     )  # fmt: skip
-    schedule = Settings(steps=args.steps, lr=args.lr, warmup=args.warmup)
+    schedule = TrainSettings(steps=args.steps, lr=args.lr, warmup=args.warmup)
     reader, held_out = corpora.ByteStreams(training, args.streams, args.tokens), corpora.evaluation_streams(validation)
     curve, trained = [], 0.0
     while model.step < args.steps and trained < args.budget:

@@ -17,6 +17,7 @@ cdef class Core:
     cdef list lent        # (mark, [array, ..]) of calls that did not wait, the oldest first
     cdef uint64_t marked  # the last mark made
     cdef int recorded_streams, recorded_tokens
+    cdef bint recorded_gates
 
     def __cinit__(self, cfg, dict topology, int streams, int max_tokens, int threads, uint64_t seed, int device,
                   str precision, str sync):
@@ -163,21 +164,25 @@ cdef class Core:
     # ---- looking -------------------------------------------------------------------------------------------
 
     def recorded(self, int region):
-        """(u, s) of the last training call with record=True, [B, T, n] copies."""
+        """(u, s, G) of the last call with record=True, [S, T, n] copies; G is None without a gate and after learning."""
         cdef float[::1] values
         cdef float* to_u
-        cdef float* to_s
+        cdef size_t cells
+        cdef bint gated
         self.enter()
         try:
             if not self.recorded_tokens:
-                raise RuntimeError("recorded: expected the last call to be a training call with record=True, got none")
-            shape = (2, self.recorded_tokens, self.recorded_streams, self.config.regions[region].neurons)
-            both = np.empty(shape, np.float32)
-            values = both.reshape(-1)
-            to_u, to_s = &values[0], &values[values.shape[0] // 2]
+                raise RuntimeError("recorded: expected the last call to be one with record=True, got none")
+            name = self.config.regions[region].name
+            gated = self.recorded_gates and any(p.kind == "gate" and p.dst == name for p in self.config.projections)
+            shape = (3 if gated else 2, self.recorded_tokens, self.recorded_streams, self.config.regions[region].neurons)
+            out = np.empty(shape, np.float32)
+            values = out.reshape(-1)
+            to_u, cells = &values[0], values.shape[0] // shape[0]
             with nogil:
-                deref(self.model).recorded(region, to_u, to_s)
-            return tuple([np.ascontiguousarray(array.transpose(1, 0, 2)) for array in both])
+                deref(self.model).recorded(region, to_u, to_u + cells, to_u + 2 * cells if gated else NULL)
+            arrays = [np.ascontiguousarray(array.transpose(1, 0, 2)) for array in out]
+            return arrays[0], arrays[1], arrays[2] if gated else None
         finally:
             self.busy = False
 

@@ -145,7 +145,7 @@ cdef class Engine(Core):
                     deref(self.model).backward(tokens, goal, call, accumulate, &self.stats)
             arrays.end(True)
             if record:
-                self.recorded_streams, self.recorded_tokens = tokens.streams, tokens.tokens
+                self.keep_record(tokens, False)
             return self.take_stats()
         finally:
             self.busy = False
@@ -179,6 +179,11 @@ cdef class Engine(Core):
             return self.take_stats()
         finally:
             self.busy = False
+
+    cdef int keep_record(self, Tokens tokens, bint gates) except -1:
+        """`recorded` may be asked: what it reads stays where the call has left it until the next one."""
+        self.recorded_streams, self.recorded_tokens, self.recorded_gates = tokens.streams, tokens.tokens, gates
+        return 0
 
     cdef tuple take_stats(self):
         cdef list rates = [deref(self.model).rate(r) for r in range(len(self.config.regions))]
@@ -218,7 +223,7 @@ cdef class Engine(Core):
         finally:
             self.busy = False
 
-    def advance(self, NeuronState state not None, ids, broca_out):
+    def advance(self, NeuronState state not None, ids, broca_out, bint record=False):
         """Advances `state` over ids [S, T]; broca_out [S, D] gets the output after the last token."""
         cdef Tokens call
         cdef Input goal
@@ -234,6 +239,8 @@ cdef class Engine(Core):
             self.recorded_tokens = 0
             with blas_at_one_thread, nogil:
                 deref(self.model).advance(deref(state.state), call, broca)
+            if record:
+                self.keep_record(call, True)
         finally:
             self.busy = False
 

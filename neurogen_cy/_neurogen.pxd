@@ -145,7 +145,7 @@ cdef extern from "neurogen/model.h" namespace "neurogen" nogil:
         void logits(const Input&, int64_t, const Output&) except +
         void sample(const Input&, int64_t, const Sampling&, const Output&) except +
         double rate(int) except +
-        void recorded(int, float*, float*) except +
+        void recorded(int, float*, float*, float*) except +
         uintptr_t stream() except +
         void wait_for(uintptr_t) except +
         void hand_over(uintptr_t) except +

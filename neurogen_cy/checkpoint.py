@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +86,16 @@ def write(
     atomic.replace(target, lambda folder: _fill(folder, arrays, meta, attached))
 
 
-def read(directory: str | os.PathLike[str]) -> tuple[Tensors, dict[str, Any]]:
+def read(
+    directory: str | os.PathLike[str], groups: Collection[str] | None = None
+) -> tuple[Tensors, dict[str, Any]]:
     """Read and verify a checkpoint.
+
+    Parameters
+    ----------
+    directory : path
+    groups : names of groups, optional
+        Only these are read, and verified; all by default.
 
     Returns
     -------
@@ -105,7 +113,7 @@ def read(directory: str | os.PathLike[str]) -> tuple[Tensors, dict[str, Any]]:
         source = _locate(directory)
         before = atomic.identity(source)
         try:
-            return _load(source)
+            return _load(source, groups)
         except CheckpointError:
             if before is not None and atomic.identity(source) == before:
                 raise  # else it was replaced while being read: read the new one
@@ -190,11 +198,13 @@ def _fill(folder: Path, arrays: Tensors, meta: Mapping[str, Any], attached: Mapp
         (folder / name).chmod(notes.stat().st_mode)
 
 
-def _load(folder: Path) -> tuple[Tensors, dict[str, Any]]:
+def _load(folder: Path, groups: Collection[str] | None) -> tuple[Tensors, dict[str, Any]]:
     meta, files = _load_meta(folder)
     tensors: Tensors = {}
     for name, facts in files.items():
         path = folder / name
+        if groups is not None and path.stem not in groups:
+            continue
         try:
             _expect(path, facts, path.stat().st_size, _sha256(path))
             if name not in _ATTACHED:

@@ -1,8 +1,7 @@
-"""What several commands share: errors as messages, the text to read, the checkpoint that is meant."""
+"""What several commands share: errors as messages, where to compute, the text to read, the checkpoint that is meant."""
 
 from __future__ import annotations
 
-import codecs
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
+from tqdm import tqdm
 
 from neurogen_cy import atomic
 from neurogen_cy.data import default_corpus, read_corpus
 from neurogen_cy.model import NeuroGen
+from neurogen_cy.tokenization import Tokenizer, load_saved
 
 PATH = click.Path(path_type=Path)
+STREAMS, TOKENS = 16, 64
+"""Of a training step, and of an evaluation."""
 
 
 @contextmanager
@@ -68,22 +70,27 @@ def load_corpus(path: Path | None) -> tuple[bytes, dict[str, Any]]:
     return default_corpus() if path is None else read_corpus(path)
 
 
-def load_same_corpus(path: Path | None, facts: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
-    """Return the text with these facts, from where they say or from `path`.
+def show_tokenising() -> Callable[[int, int | None], None]:
+    """Return a `progress` for `open_corpus`: a bar, on a terminal alone, once there is something to wait for."""
+    bars: list[tqdm[None]] = []
 
-    Raises
-    ------
-    ValueError
-        If the text there is another one.
-    """
-    own = None if facts["source"] == "pydoc_data.topics" else Path(facts["source"])
-    data, found = load_corpus(own if path is None else path)
-    if found["sha256"] != facts["sha256"]:
-        raise ValueError(
-            f"expected the text that was trained on ({facts['name']}, {facts['bytes']} bytes, sha256 "
-            f"{facts['sha256']}), got {found['name']}, {found['bytes']} bytes, sha256 {found['sha256']}"
-        )
-    return data, found
+    def show(done: int, total: int | None) -> None:
+        if not bars:
+            bars.append(tqdm(total=total, unit="B", unit_scale=True, desc="tokenising", disable=None, leave=False))
+        bars[0].update(done - bars[0].n)
+        if done == total:
+            bars[0].close()
+
+    return show
+
+
+def load_model(
+    path: Path, run_on: dict[str, Any], streams: int, max_tokens: int = TOKENS
+) -> tuple[NeuroGen, Tokenizer]:
+    """Return the model in a checkpoint, ready for this many streams, and its tokenizer."""
+    with usage_errors(RuntimeError, MemoryError, ImportError):
+        tokenizer = load_saved(path)
+        return NeuroGen.load(path, streams=streams, max_tokens=max_tokens, **run_on), tokenizer
 
 
 def run_checkpoint(out: Path, name: str) -> Path | None:
@@ -110,23 +117,3 @@ def is_checkpoint(path: Path) -> bool:
 def checkpoint_in(path: Path, name: str) -> Path:
     """Return `path`, or the checkpoint `name` in it where it is the folder of a run."""
     return path / name if not is_checkpoint(path) and is_checkpoint(path / name) else path
-
-
-def stream_text(model: NeuroGen, prompt: bytes, tokens: int, **sampling: Any) -> Iterator[str]:
-    """Yield what a byte model writes after `prompt`, as text as it comes; no UTF-8 becomes U+FFFD.
-
-    Parameters
-    ----------
-    model : NeuroGen
-        With a vocabulary of 256.
-    prompt : bytes
-        At least one.
-    tokens : int
-        Bytes to write.
-    sampling
-        Passed on to `NeuroGen.generate`.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for ids in model.generate([np.frombuffer(prompt, np.uint8).astype(np.int32)], tokens, **sampling):
-        yield decoder.decode(bytes([int(ids[0])]))
-    yield decoder.decode(b"", final=True)

@@ -36,6 +36,8 @@ class Corpus:
     Attributes
     ----------
     training, validation : Tokens
+    whole : Tokens
+        The text to learn, before its end was held out.
     facts : dict
         JSON-able: `name`, `source`, `field`, and of the whole text `bytes`, `sha256` (its documents joined by one new
         line) and `documents`; `validation` is the same of its own text, None where it is the end of this one.
@@ -44,6 +46,7 @@ class Corpus:
     training: Tokens
     validation: Tokens
     facts: dict[str, Any]
+    whole: Tokens
 
     def text(self) -> tuple[bytes, bytes] | None:
         """Return the text of both parts, documents joined by one new line; None where it is too long for memory.
@@ -102,9 +105,9 @@ def open_corpus(
     tokens, facts = _tokens(source, tokenizer, validation is None, root, field, progress)
     if validation is None:
         training, held = _divided(tokens)
-        return Corpus(training, held, facts | {"validation": None})
+        return Corpus(training, held, facts | {"validation": None}, tokens)
     held, own = _tokens(open_source(validation, field), tokenizer, False, root, field, progress)
-    return Corpus(tokens, held, facts | {"validation": own})
+    return Corpus(tokens, held, facts | {"validation": own}, tokens)
 
 
 def open_same_corpus(

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object a line, for every training step and every evaluation."""
+"""`metrics.jsonl`: one JSON object a line, for every training step, evaluation and what else happens in a run."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class MetricsLog:
     path : Path
         Its folder must exist.
     keep : int
-        Lines of steps up to this one stay, later ones are removed: a run that resumes at step 300 writes
-        301 anew. 0 starts an empty file.
+        Lines written when no more tokens than this had been read stay, later ones are removed: a run that resumes
+        at step 300 writes 301 anew. 0 starts an empty file.
 
     Raises
     ------
@@ -27,14 +27,14 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, keep: int = 0) -> None:
-        kept = [line for line, record in _records(path) if record["step"] <= keep] if keep else []
+        kept = [line for line, record in _records(path, "tokens") if record["tokens"] <= keep] if keep else []
         beside = path.with_name(path.name + ".tmp")
         beside.write_text("".join(kept), encoding="utf-8")
         os.replace(beside, path)
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append a record; `step` is one of its keys and every number is finite."""
+        """Append a record; `step` and `tokens` are among its keys and every number is finite."""
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def close(self) -> None:
@@ -50,8 +50,8 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return [record for _, record in _records(Path(path))]
 
 
-def _records(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Return each whole line of the file, none if it is absent, with the record in it."""
+def _records(path: Path, key: str = "step") -> list[tuple[str, dict[str, Any]]]:
+    """Return each whole line of the file, none if it is absent, with the record in it; `key` is a whole number."""
     if not path.exists():
         return []
     pairs = []
@@ -60,9 +60,10 @@ def _records(path: Path) -> list[tuple[str, dict[str, Any]]]:
             break
         try:
             record = json.loads(line)
-            if not isinstance(record["step"], int):
+            if not isinstance(record[key], int):
                 raise TypeError("no whole number")
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}: line {number}: expected a record with a step, got {line!r}") from error
+            expected = "a record with a step" if key == "step" else f"a record with {key}"
+            raise ValueError(f"{path}: line {number}: expected {expected}, got {line!r}") from error
         pairs.append((line, record))
     return pairs

@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neurogen_cy import backend as backends
-from neurogen_cy import evaluation, generation, persistence, profiling, token_loop
+from neurogen_cy import evaluation, generation, persistence, profiling, recorder, token_loop
 from neurogen_cy.config import Config
 from neurogen_cy.connectome import initial_parameters
 from neurogen_cy.optimizer import AdamW
+from neurogen_cy.recorder import Recording
 from neurogen_cy.results import StepResult
 from neurogen_cy.sizes import check_memory, integer, model_sizes
 from neurogen_cy.tokenization import Tokenizer
@@ -61,6 +62,9 @@ class NeuroGen:
     nonfinite : {"raise", "skip"}
         What a non-finite loss or gradient norm does: FloatingPointError, or a skipped (and counted) step. Weights,
         moments and neuron state stay as they were either way.
+    accumulate : int
+        Calls of `backward_batch` that make one optimizer step. Each adds the homeostasis term by 1 / accumulate, so
+        that all of them weigh as much as one call; with `divisor` the cross-entropy does.
 
     Attributes
     ----------
@@ -84,6 +88,7 @@ class NeuroGen:
         optimizer: AdamW | None = None,
         sync: str = "block",
         nonfinite: str = "raise",
+        accumulate: int = 1,
         *,
         _parameters: Mapping[str, NDArray[Any]] | None = None,
     ) -> None:
@@ -99,6 +104,7 @@ class NeuroGen:
         self.optimizer = AdamW() if optimizer is None else optimizer
         self.sync = _choice("sync", sync, "block", "spin")
         self.nonfinite = _choice("nonfinite", nonfinite, "raise", "skip")
+        self.accumulate = integer("accumulate", accumulate)
         check_memory(
             self._module, config, self.streams, self.max_tokens, self.threads, self.device, self.precision
         )
@@ -108,8 +114,9 @@ class NeuroGen:
             key[: -len(".cols")]: np.ascontiguousarray(values.pop(key)) for key in list(values) if key.endswith(".cols")
         }
         values = {key: value for key, value in values.items() if not key.endswith(".rows")}
+        part = replace(config, rate_weight=config.rate_weight / self.accumulate)
         self._engine = self._module.Engine(
-            config, topology, self.streams, self.max_tokens, self.threads, self.seed, self.device, self.precision,
+            part, topology, self.streams, self.max_tokens, self.threads, self.seed, self.device, self.precision,
             self.sync,
         )
         self._engine.load_parameters(values)
@@ -353,8 +360,23 @@ class NeuroGen:
         names = [known.name for known in self.config.regions]
         if region not in names:
             raise ValueError(f"region: expected one of {', '.join(names)}, got {region!r}")
-        u, s = self._engine.recorded(names.index(region))
+        u, s, _ = self._engine.recorded(names.index(region))
         return u, s
+
+    def record(self, ids: Any, state: Mapping[str, Any] | None = None) -> Recording:
+        """Hear a text and keep what every neuron did: membrane, spikes and gates of every region and token.
+
+        Parameters
+        ----------
+        ids : int32 or int64 array [S, L] (or [L]), of any length
+        state : mapping, optional
+            Where to begin, as from `state()`; from zero by default. S is then the model's number of streams.
+
+        The model's own state is not touched, nothing is learnt, dropout is off. Takes no launch and no synchronisation
+        that hearing the text without a record would not take; the copies are made after each call of `max_tokens`.
+        """
+        with self._alone():
+            return recorder.record(self, ids, state)
 
     @property
     def counters(self) -> dict[str, int]:
@@ -378,13 +400,15 @@ class NeuroGen:
     def save(
         self, directory: str | os.PathLike[str], cursor: Mapping[str, Any] | None = None,
         extra: Mapping[str, Any] | None = None, tokenizer: Tokenizer | None = None,
+        state: Mapping[str, NDArray[np.float32]] | None = None,
     ) -> None:
         """Write a checkpoint directory: weights, moments, neuron state, config, step and what the caller adds.
 
         `cursor` (where the data stream stands) and `extra` are JSON-able and come back in `meta.json`; `tokenizer` is
-        kept with its file, and `tokenization.load_saved` gives it back wherever the checkpoint is moved to.
+        kept with its file, and `tokenization.load_saved` gives it back wherever the checkpoint is moved to. `state`
+        is kept instead of the model's own, of any number of streams.
         """
-        persistence.save(self, directory, cursor, extra, tokenizer)
+        persistence.save(self, directory, cursor, extra, tokenizer, state)
 
     @classmethod
     def load(
@@ -394,7 +418,7 @@ class NeuroGen:
         """The model of a checkpoint, ready to go on exactly where it stopped.
 
         With another number of streams the neuron state starts from zero. `settings` are those of the constructor
-        that a checkpoint does not fix: precision, threads, sync, nonfinite, optimizer. A checkpoint written on one
-        backend goes on on the other.
+        that a checkpoint does not fix: precision, threads, sync, nonfinite, optimizer, accumulate. A checkpoint written
+        on one backend goes on on the other.
         """
         return persistence.load(cls, directory, backend, device, streams, max_tokens, settings)

@@ -25,26 +25,27 @@ MOMENTS = ("moment1", "moment2")
 
 def save(
     model: NeuroGen, directory: str | os.PathLike[str], cursor: Mapping[str, Any] | None,
-    extra: Mapping[str, Any] | None, tokenizer: Tokenizer | None = None,
+    extra: Mapping[str, Any] | None, tokenizer: Tokenizer | None = None, state: Mapping[str, Any] | None = None,
 ) -> None:
     """See `NeuroGen.save`."""
     if tokenizer is not None and tokenizer.vocab_size != model.config.vocab_size:
         raise ValueError(
             f"tokenizer: expected one of {model.config.vocab_size} tokens, as the model has, got {tokenizer.vocab_size}"
         )
+    state = model.state() if state is None else dict(state)
     moments = model._engine.moments()
     tensors = {
         "model": {key: _host(view) for key, view in model.parameters().items()},
         "optimizer": {
             f"{key}.{name}": _host(view) for key, pair in moments.items() for name, view in zip(MOMENTS, pair)
         },
-        "state": model.state(),
+        "state": state,
     }
     meta = {
         "versions": {"neurogen_cy": __version__, "numpy": np.__version__},
         "config": model.config.to_dict(),
         "optimizer": asdict(model.optimizer),
-        "streams": model.streams,
+        "streams": len(state["broca.o"]),
         "max_tokens": model.max_tokens,
         "seed": model.seed,
         "step": model.step,

@@ -1,16 +1,15 @@
-"""What the command line prints, as text: corpus, validation tables, progress, memory."""
+"""What the command line prints, as text: corpus, validation tables, memory."""
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
-from typing import Any
 
-from tqdm import tqdm
-
-from neurogen_cy.config import Config
+from neurogen_cy.corpus import Corpus
+from neurogen_cy.model import NeuroGen
 from neurogen_cy.ngram import baselines
+from neurogen_cy.tokenization import Tokenizer
+from neurogen_cy.tokens import Tokens
 
 NGRAM_LIMIT = 50_000_000
 """Longest training text, in bytes, whose n-grams are counted unasked; the time and memory grow with it."""
@@ -22,21 +21,34 @@ def size_text(count: int) -> str:
     return f"{count / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
-def corpus_text(facts: Mapping[str, Any], training: bytes, validation: bytes) -> str:
-    """Return the lines that say what is read: name, size, hash and split."""
-    return (
-        f"corpus      {facts['name']} ({facts['source']})\n"
-        f"            {facts['bytes']:,} bytes, sha256 {facts['sha256']}\n"
-        f"split       the first {len(training):,} bytes to train, the last {len(validation):,} to validate"
-    )
+def corpus_text(corpus: Corpus, tokenizer: Tokenizer) -> str:
+    """Return the lines that say what is read: name, size, hash, split and tokens."""
+    facts, training, validation = corpus.facts, corpus.training, corpus.validation
+    if held := facts.get("validation"):
+        split = f"all of it to train, the {validation.text_bytes:,} bytes of {held['name']} to validate"
+    else:
+        split = f"the first {training.text_bytes:,} bytes to train, the last {validation.text_bytes:,} to validate"
+    lines = [
+        f"corpus      {facts['name']} ({facts['source']})",
+        f"            {facts['bytes']:,} bytes, sha256 {facts['sha256']}",
+        f"split       {split}",
+    ]
+    if tokenizer.kind != "bytes":
+        lines.append(
+            f"tokens      {tokenizer.kind}, {tokenizer.vocab_size:,} of them; {len(training):,} to train, "
+            f"{training.text_bytes / max(1, len(training)):.2f} bytes each"
+        )
+    return "\n".join(lines)
 
 
-def model_text(name: str, config: Config, where: str, streams: int, tokens: int) -> str:
+def model_text(name: str, model: NeuroGen) -> str:
     """Return the line that says what is trained and how wide a step is."""
+    config = model.config
+    groups = "" if model.accumulate == 1 else f"{model.accumulate} x "
     neurons = sum(region.neurons for region in config.regions)
     return (
-        f"model       {name}: {neurons:,} neurons, {config.weights:,} weights, on {where}, "
-        f"{streams} streams x {tokens} tokens a step"
+        f"model       {name}: {neurons:,} neurons, {config.weights:,} weights, on {model.backend}, "
+        f"{model.precision}, {groups}{model.streams} streams x {model.max_tokens} tokens a step"
     )
 
 
@@ -46,9 +58,12 @@ def sentence_of(text: bytes, window: int = 20_000, shortest: int = 40) -> bytes:
     return max(lines, key=lambda line: sum(chr(c).isalpha() or c == 32 for c in line.strip()) / len(line))
 
 
-def ngram_bits(training: bytes, validation: bytes) -> dict[int, float]:
-    """Return `{order: bits per byte}` of the 3-, 4- and 5-gram; none for a text above `NGRAM_LIMIT`."""
-    return baselines(training, validation) if len(training) <= NGRAM_LIMIT else {}
+def ngram_bits(text: tuple[bytes, bytes] | None) -> dict[int, float]:
+    """Return `{order: bits per byte}` of the 3-, 4- and 5-gram on a training and a validation text.
+
+    None of them for no text, or one above `NGRAM_LIMIT`.
+    """
+    return baselines(*text) if text is not None and len(text[0]) <= NGRAM_LIMIT else {}
 
 
 def ngram_text(bits: Mapping[int, float]) -> str:
@@ -59,62 +74,25 @@ def ngram_text(bits: Mapping[int, float]) -> str:
     return f"baselines   {values} bits per byte (Witten-Bell, same split)"
 
 
-def validation_table(name: str, nats: float, ngrams: Mapping[int, float]) -> str:
-    """Return a table of validation figures, the best first.
+def ngram_rows(bits: Mapping[int, float]) -> dict[str, float]:
+    """Return the rows that baselines have in `validation_table`."""
+    return {f"{order}-gram (Witten-Bell)": value for order, value in bits.items()}
 
-    Parameters
-    ----------
-    name : str
-        What the model is called in it.
-    nats : float
-        Its loss, nats per byte.
-    ngrams : {order: bits per byte}
-        What stands beside it.
-    """
-    rows = [(f"{order}-gram (Witten-Bell)", bits) for order, bits in ngrams.items()]
-    rows.append((name, nats / math.log(2)))
-    width = max(len("validation"), *(len(row) for row, _ in rows))
+
+def validation_table(rows: Mapping[str, float]) -> str:
+    """Return a table of validation figures, the best first: bits per byte by what they are of."""
+    width = max(len("validation"), *(len(row) for row in rows))
     lines = [f"{'validation':{width}}  bits/byte  nats/byte  perplexity"]
-    for row, bits in sorted(rows, key=lambda item: item[1]):
+    for row, bits in sorted(rows.items(), key=lambda item: item[1]):
         lines.append(f"{row:{width}}  {bits:9.4f}  {bits * math.log(2):9.4f}  {2**bits:10.3f}")
     return "\n".join(lines)
 
 
-class ProgressBar:
-    """A bar over the steps of a run: loss, bits per byte, tokens a second and firing rate.
-
-    Parameters
-    ----------
-    config : Config
-        Its regions weigh the firing rates.
-    done, steps : int
-        Steps done before, and in all.
-    """
-
-    def __init__(self, config: Config, done: int, steps: int) -> None:
-        neurons = {region.name: region.neurons for region in config.regions}
-        self._shares = {name: count / sum(neurons.values()) for name, count in neurons.items()}
-        pause = 0.5 if sys.stderr.isatty() else 10.0  # seconds; a log file needs fewer lines
-        self._bar = tqdm(total=steps, initial=done, unit="step", mininterval=pause, dynamic_ncols=True)
-        self._tokens_per_s: float | None = None
-
-    def show(self, record: Mapping[str, Any]) -> None:
-        """Take a record of `train.Trainer.run`: move the bar, or print an evaluation above it."""
-        if record["event"] == "step":
-            now, before = record["tokens_per_s"], self._tokens_per_s
-            self._tokens_per_s = now if before is None else 0.9 * before + 0.1 * now
-            rate = sum(share * record["rates"][name] for name, share in self._shares.items())
-            self._bar.set_postfix_str(
-                f"loss {record['loss']:.3f}, {record['bits_per_byte']:.3f} bits/byte, "
-                f"{self._tokens_per_s:,.0f} tokens/s, firing {rate:.3f}",
-                refresh=False,
-            )
-            self._bar.update()
-        else:
-            mark = ", the best so far" if record["best"] else ""
-            bits = record["validation_bits_per_byte"]
-            self._bar.write(f"step {record['step']}: validation {bits:.3f} bits per byte{mark}")
-
-    def close(self) -> None:
-        """Leave the bar as it stands."""
-        self._bar.close()
+def token_text(nats: float, tokens: Tokens, tokenizer: Tokenizer) -> str:
+    """Return the line that says a loss by the token, none for bytes, where the table has it."""
+    if tokenizer.kind == "bytes":
+        return ""
+    return (
+        f"\nper token: {nats:.4f} nats, perplexity {math.exp(nats):.2f} "
+        f"({tokens.text_bytes / len(tokens):.2f} bytes a token; the table counts bytes)"
+    )

@@ -12,9 +12,14 @@ from types import FrameType
 
 @dataclass
 class Stop:
-    """The signal that asked to stop, None as long as none has."""
+    """Who asked to stop: the signal that was received, and the reason in words. Both None as long as nobody has."""
 
     received: signal.Signals | None = None
+    reason: str | None = None
+
+    def ask(self, reason: str) -> None:
+        """Note a reason; the first one stays."""
+        self.reason = self.reason or reason
 
 
 @contextmanager
@@ -29,6 +34,7 @@ def stop_on_signals() -> Iterator[Stop]:
         if stop.received is not None:
             raise KeyboardInterrupt
         stop.received = signal.Signals(number)
+        stop.ask(stop.received.name)
 
     numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     former = {number: signal.signal(number, note) for number in numbers}

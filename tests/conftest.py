@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,6 +33,18 @@ def pytest_runtest_setup(item):
     reason = backends.available()["cuda"] if item.get_closest_marker("gpu") else None
     if reason is not None:
         (pytest.fail if REQUIRE_GPU else pytest.skip)(f"backend cuda: {reason}")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def installed_package(tmp_path_factory):
+    """Where the package under test is installed, processes that a test starts here must not find its bare sources."""
+    if Path(ng.__file__).parents[1] == Path.cwd() or not Path("neurogen_cy").exists():
+        yield
+        return
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("elsewhere"))
+    yield
+    os.chdir(before)
 
 
 @pytest.fixture

@@ -46,7 +46,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-TRAIN = ["train", "--data", "text.txt", "--config", "brain.toml", "--threads", "1"]
+RESUME = ["train", "--no-pictures", "--resume"]
+TRAIN = ["train", "--no-pictures", "--data", "text.txt", "--config", "brain.toml", "--threads", "1"]
 TRAIN += ["--steps", "20", "--streams", "2", "--tokens", "16"]
 
 
@@ -87,7 +88,7 @@ def test_the_same_command_gives_the_same_weights(run: Run, tmp_path: Path) -> No
 def test_resuming_a_finished_run_says_so(run: Run) -> None:
     metrics = Path("runs/brain/metrics.jsonl").read_bytes()
     for resume in ("auto", "runs/brain", "runs/brain/last"):
-        result = run("train", "--resume", resume, *(["--out", "runs/brain"] if resume == "auto" else []))
+        result = run(*RESUME, resume, *(["--out", "runs/brain"] if resume == "auto" else []))
         assert "finished, 20 of 20 steps are done" in result.output
     assert "finished" in run(*TRAIN, "--resume", "auto").output
     assert Path("runs/brain/metrics.jsonl").read_bytes() == metrics
@@ -98,33 +99,38 @@ def test_resume_auto_begins_where_nothing_is_and_more_steps_go_on(run: Run, tmp_
     assert (
         f"{out}: no checkpoint yet, a new run begins" in run(*TRAIN, "--resume", "auto", "--out", out).output
     )
-    assert "steps 20 to 25" in run("train", "--resume", out, "--steps", 25, "--save-every", 3).output
+    assert "steps 20 to 25" in run(*RESUME, out, "--steps", 25, "--save-every", 3).output
     steps = [record["step"] for record in read_metrics(out / "metrics.jsonl") if record["event"] == "step"]
     assert steps == list(range(1, 26))
 
 
 def test_resume_into_another_folder_leaves_the_first_alone(run: Run, tmp_path: Path) -> None:
     before = Path("runs/brain/last/meta.json").read_bytes()
-    run("train", "--resume", "runs/brain", "--steps", 22, "--out", tmp_path / "branch")
+    run(*RESUME, "runs/brain", "--steps", 22, "--out", tmp_path / "branch")
     assert Path("runs/brain/last/meta.json").read_bytes() == before
     assert [r["step"] for r in read_metrics(tmp_path / "branch/metrics.jsonl") if r["event"] == "step"] == [
         21,
         22,
     ]
     message = "expected the folder of runs/brain/last or one without a run, got another run's"
-    assert message in run("train", "--resume", "runs/brain", "--out", tmp_path / "branch", status=2).output
+    assert message in run(*RESUME, "runs/brain", "--out", tmp_path / "branch", status=2).output
 
 
 def test_resume_keeps_the_settings(run: Run, tmp_path: Path) -> None:
     out = ("--resume", "auto", "--out", "runs/brain")
     for option, value, former in (
-        ("--streams", 3, 2),
         ("--tokens", 8, 16),
         ("--lr", 0.1, 0.004),
         ("--seed", 4, 3),
+        ("--warmup", 5, 2),
+        ("--dropout", 0.5, 0.0),
+        ("--weight-decay", 0.1, 0.5),
+        ("--clip", 0.1, 1.0),
     ):
         result = run("train", *out, option, value, status=2)
         assert f"{option}: expected {former}, as in runs/brain/last, got {value}" in result.output
+    for grouping in (["--streams", 3], ["--accumulate", 3], ["--accumulate", "2x2"]):
+        assert "expected 2 streams in all, as the run has" in run("train", *out, *grouping, status=2).output
     assert (
         "--preset: expected the connectome brain of runs/brain/last"
         in run("train", *out, "--preset", "tiny", status=2).output
@@ -168,6 +174,15 @@ def test_resume_keeps_the_settings(run: Run, tmp_path: Path) -> None:
         (["--resume", "absent"], "absent: expected a checkpoint directory, got no such path"),
         (["--resume", "auto", "--out", "runs/brain/last"], "expected the folder of a run, got a checkpoint"),
         (["--no-such-option"], "No such option"),
+        (["--accumulate", "2x"], "expected N or NxB as in 2x32, whole numbers >= 1, got '2x'"),
+        (["--accumulate", "2x32", "--streams", "64", "--out", "new"], "as --accumulate 2x32 says it, got 64"),
+        (["--max-tokens", "10", "--out", "new"], "expected max_tokens of at least a step, 1024, got 10"),
+        (["--tokenizer", "text.txt", "--out", "new"], "text.txt"),
+        (["--tokenizer", "absent.json", "--out", "new"], "absent.json"),
+        (["--validation", "absent.txt", "--data", "text.txt", "--out", "new"], "absent.txt"),
+        (["--clip", "-1", "--out", "new"], "clip: expected a finite number >= 0, got -1.0"),
+        (["--dropout", "1", "--out", "new"], "dropout"),
+        (["--nonfinite", "hope"], "'hope' is not one of 'raise', 'skip'"),
     ],
 )
 def test_train_refuses(run: Run, arguments: list[str], message: str) -> None:
@@ -278,7 +293,7 @@ def test_ctrl_c_saves_and_the_resumed_run_equals_an_unbroken_one(
     assert process.returncode == 130, errors
     assert re.search(r"stopped by SIGINT at step \d+ of 3000, saved in .*broken/last\nto continue: ", output)
     assert "Traceback" not in errors
-    run("train", "--resume", "auto", "--out", tmp_path / "broken", "--threads", 1)
+    run(*RESUME, "auto", "--out", tmp_path / "broken", "--threads", 1)
     run(*TRAIN, *steps, "--out", tmp_path / "whole")
     for name in ("last/model", "last/optimizer", "last/state", "best/model"):
         one, other = (tmp_path / out / f"{name}.safetensors" for out in ("broken", "whole"))

@@ -6,82 +6,27 @@ import dataclasses
 import math
 import signal
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-
-from neurogen_cy import Config, NeuroGen, Projection, Region, checkpoint
-from neurogen_cy.data import default_corpus
-from neurogen_cy.metrics import MetricsLog, read_metrics
-from neurogen_cy.signals import stop_on_signals
-from neurogen_cy.train import Settings, Trainer
-
-TEXT = default_corpus()[0]
-TRAINING, VALIDATION = TEXT[:1500], TEXT[1500:1700]
-SETTINGS = Settings(steps=12, lr=1e-2, warmup=2, evaluate_every=5, save_every=4)
-CONFIG = Config(
-    vocab_size=256,
-    dim=32,
-    regions=(Region("thalamus", 32, 0), Region("broca", 32, 1)),
-    projections=(
-        Projection("embedding", "thalamus"),
-        Projection("thalamus", "broca"),
-        Projection("broca", "broca", delay=1),
-        Projection("broca", "thalamus", delay=2),
-        Projection("broca", "broca_out"),
-    ),
-    dropout=0.1,
+from runs import (
+    CONFIG,
+    SETTINGS,
+    TEXT,
+    TRAINING,
+    VALIDATION,
+    AtStep,
+    assert_same_run,
+    begin,
+    resume,
+    untimed,
 )
 
-
-def begin(out: Path, settings: Settings = SETTINGS) -> Trainer:
-    """Return a new run of the small brain."""
-    model = NeuroGen(CONFIG, backend="cpu", streams=3, max_tokens=8, seed=5, threads=1)
-    return Trainer(model, TRAINING, VALIDATION, settings, out, {"corpus": "a part"})
-
-
-def resume(saved: Path, settings: Settings = SETTINGS) -> Trainer:
-    """Return the run that goes on from a checkpoint."""
-    model = NeuroGen.load(saved, backend="cpu", streams=3, max_tokens=8, threads=1)
-    trainer = Trainer(model, TRAINING, VALIDATION, settings, saved.parent, {"corpus": "a part"})
-    trainer.restore(checkpoint.read_meta(saved))
-    return trainer
-
-
-def at_step(step: int, action: Callable[[], object]) -> Callable[[dict[str, Any]], None]:
-    """Return a progress callback that acts once, at this step."""
-
-    def progress(record: dict[str, Any]) -> None:
-        if (record["event"], record["step"]) == ("step", step):
-            action()
-
-    return progress
-
-
-def untimed(out: Path) -> list[dict[str, Any]]:
-    """Return the metrics without what the clock put in."""
-    timed = ("elapsed", "tokens_per_s")
-    return [
-        {k: v for k, v in record.items() if k not in timed} for record in read_metrics(out / "metrics.jsonl")
-    ]
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    """Compare metrics and both checkpoints of two runs bit for bit."""
-    assert untimed(one) == untimed(other)
-    for name in ("last", "best"):
-        (tensors, meta), (others, other_meta) = (checkpoint.read(out / name) for out in (one, other))
-        for facts in (meta, other_meta):
-            del facts["extra"]["run"]["elapsed"]
-        assert meta == other_meta
-        assert tensors.keys() == others.keys()
-        for group, arrays in tensors.items():
-            assert {k: a.tobytes() for k, a in arrays.items()} == {
-                k: a.tobytes() for k, a in others[group].items()
-            }
+from neurogen_cy import NeuroGen, Trainer, TrainSettings, checkpoint
+from neurogen_cy.metrics import MetricsLog, read_metrics
+from neurogen_cy.signals import stop_on_signals
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +38,12 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_rate_rises_then_falls_to_nothing() -> None:
-    settings = Settings(steps=100, lr=2.0, warmup=10)
+    settings = TrainSettings(steps=100, lr=2.0, warmup=10)
     rates = [settings.rate(step) for step in range(100)]
     np.testing.assert_allclose(rates[:11], 2.0 * np.arange(1, 12) / 11)
     assert np.argmax(rates) == 10 and rates[55] == pytest.approx(1.0) and 0 < rates[99] < 0.001
     assert np.all(np.diff(rates[10:]) < 0)
-    assert Settings(steps=1, warmup=0, lr=0.5).rate(0) == 0.5
+    assert TrainSettings(steps=1, warmup=0, lr=0.5).rate(0) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -111,6 +56,12 @@ def test_rate_rises_then_falls_to_nothing() -> None:
         ({"lr": 0.0}, "expected a finite lr > 0, got 0.0"),
         ({"lr": math.nan}, "expected a finite lr > 0, got nan"),
         ({"lr": math.inf}, "expected a finite lr > 0, got inf"),
+        ({"keep": -1}, "expected keep >= 0, got -1"),
+        ({"patience": 0}, "expected patience >= 1, got 0"),
+        ({"sample_every": 0}, "expected sample_every >= 1, got 0"),
+        ({"max_tokens": 0}, "expected max_tokens >= 1, got 0"),
+        ({"max_minutes": 0.0}, "expected a finite max_minutes > 0, got 0.0"),
+        ({"save_minutes": math.nan}, "expected a finite save_minutes > 0, got nan"),
     ],
 )
 def test_settings_refuse(change: dict[str, Any], message: str) -> None:
@@ -137,24 +88,26 @@ def test_a_run_leaves_metrics_and_checkpoints(unbroken: Path) -> None:
 
 
 def test_it_learns(tmp_path: Path) -> None:
-    begin(tmp_path, Settings(steps=150, lr=1e-2, evaluate_every=150, save_every=150)).run()
+    begin(tmp_path, TrainSettings(steps=150, lr=1e-2, evaluate_every=150, save_every=150)).run()
     steps = [record for record in read_metrics(tmp_path / "metrics.jsonl") if record["event"] == "step"]
     assert steps[0]["loss"] > 5.0
     assert 3.4 > np.mean([record["loss"] for record in steps[-10:]])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_and_resumed_equals_unbroken(tmp_path: Path, unbroken: Path, number: signal.Signals) -> None:
-    stop = begin(tmp_path).run(at_step(7, lambda: signal.raise_signal(number)))
+@pytest.mark.parametrize(("number", "threads"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
+def test_stopped_and_resumed_equals_unbroken(
+    tmp_path: Path, unbroken: Path, number: signal.Signals, threads: int
+) -> None:
+    stop = begin(tmp_path, SETTINGS, AtStep(7, lambda: signal.raise_signal(number))).run()
     assert stop.received == number
     assert checkpoint.read_meta(tmp_path / "last")["cursor"]["tokens_per_stream"] == 7 * 8
-    assert resume(tmp_path / "last").run().received is None
+    assert resume(tmp_path / "last", threads=threads).run().received is None
     assert_same_run(tmp_path, unbroken)
 
 
 @pytest.mark.parametrize("step", [4, 5, 10, 12])
 def test_stopping_at_a_save_or_an_evaluation_loses_neither(tmp_path: Path, unbroken: Path, step: int) -> None:
-    begin(tmp_path).run(at_step(step, lambda: signal.raise_signal(signal.SIGINT)))
+    begin(tmp_path, SETTINGS, AtStep(step, lambda: signal.raise_signal(signal.SIGINT))).run()
     resume(tmp_path / "last").run()
     assert_same_run(tmp_path, unbroken)
 
@@ -162,10 +115,11 @@ def test_stopping_at_a_save_or_an_evaluation_loses_neither(tmp_path: Path, unbro
 @pytest.mark.parametrize("step", [6, 11])
 def test_a_crash_is_resumed_from_the_last_save(tmp_path: Path, unbroken: Path, step: int) -> None:
     def crash() -> None:
-        raise RuntimeError("crash")
+        raise SystemExit("crash")  # no Exception: nothing is finished or saved any more
 
-    with pytest.raises(RuntimeError, match="crash"):
-        begin(tmp_path).run(at_step(step, crash))
+    with pytest.raises(SystemExit, match="crash"):
+        begin(tmp_path, SETTINGS, AtStep(step, crash)).run()
+    assert checkpoint.read_meta(tmp_path / "last")["step"] == step // 4 * 4
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"event": "step", "st')
     resume(tmp_path / "last").run()
@@ -193,7 +147,7 @@ def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
         signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        begin(tmp_path).run(at_step(2, twice))
+        begin(tmp_path, SETTINGS, AtStep(2, twice)).run()
     assert not (tmp_path / "last").exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -225,18 +179,18 @@ def test_other_checkpoints_are_not_resumed(tmp_path: Path, unbroken: Path) -> No
     with pytest.raises(
         ValueError, match="expected a checkpoint of a training run, got one that was saved otherwise"
     ):
-        trainer.restore(checkpoint.read_meta(tmp_path / "plain"))
+        trainer.restore(tmp_path / "plain")
     other = Trainer(trainer.model, TEXT[:999], VALIDATION, SETTINGS, tmp_path)
     with pytest.raises(ValueError, match="expected a cursor with sha256"):
-        other.restore(checkpoint.read_meta(unbroken / "last"))
+        other.restore(unbroken / "last")
 
 
 def test_metrics_refuse_a_damaged_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     assert read_metrics(path) == []
-    for line in ("nonsense", "[1]", '{"loss": 1}', '{"step": "1"}'):
-        path.write_text('{"step": 1}\n' + line + "\n")
-        with pytest.raises(ValueError, match="metrics.jsonl: line 2: expected a record with a step, got"):
+    for line in ("nonsense", "[1]", '{"step": 1}', '{"step": 1, "tokens": "1"}'):
+        path.write_text('{"step": 1, "tokens": 1}\n' + line + "\n")
+        with pytest.raises(ValueError, match="metrics.jsonl: line 2: expected a record with tokens, got"):
             MetricsLog(path, keep=1)
     log = MetricsLog(path)
     with pytest.raises(ValueError, match="not JSON compliant"):

@@ -279,10 +279,11 @@ void CpuModel::copy_rows(const Region& region, const float* array, int64_t row, 
   }
 }
 
-void CpuModel::recorded(int index, float* u, float* s) const {
+void CpuModel::recorded(int index, float* u, float* s, float* gate) const {
   const Region& region = regions_[index];
   copy_rows(region, region.u, 0, rows_, u);
   copy_rows(region, region.s, 0, rows_, s);
+  if (gate) copy_rows(region, region.g, 0, rows_, gate);
 }
 
 // Whether the state that the call leaves is fit to be kept: no NaN, no infinity, nothing above 1e19.

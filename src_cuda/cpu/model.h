@@ -80,7 +80,7 @@ class CpuModel final : public Model {
   void sample(const Input& broca, int64_t rows, const Sampling&, const Output& ids) override;
 
   double rate(int region) const override;
-  void recorded(int region, float* u, float* s) const override;
+  void recorded(int region, float* u, float* s, float* gate) const override;
   uintptr_t stream() const override { return 0; }
   void wait_for(uintptr_t stream) override;
   void hand_over(uintptr_t stream) override { wait_for(stream); }

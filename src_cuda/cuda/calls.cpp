@@ -270,12 +270,13 @@ void CudaModel::capture() {
   graph_.reset(exec);
 }
 
-void CudaModel::recorded(int index, float* u, float* s) const {
+void CudaModel::recorded(int index, float* u, float* s, float* gate) const {
   const OnDevice scope(spec_.device);
   const RegionView& region = regions_[index];
   const size_t row = kBlock * real_size(), panel = rows_ * row, panels = region.n / kBlock;
   std::vector<char> raw(panels * panel);
-  for (const auto& [from, to] : {std::pair(region.u, u), std::pair(region.s, s)}) {
+  for (const auto& [from, to] : {std::pair(region.u, u), std::pair(region.s, s), std::pair(region.g, gate)}) {
+    if (!to) continue;
     NG_CUDA(cudaMemcpy2D(raw.data(), panel, from, region.stride * real_size(), panel, panels, cudaMemcpyDeviceToHost));
     for (size_t i = 0; i < panels * rows_ * kBlock; ++i) {  // [n/32][M][32] -> [M, n]
       const size_t neuron = i / (rows_ * kBlock) * kBlock + i % kBlock, at = i / kBlock % rows_ * region.n + neuron;

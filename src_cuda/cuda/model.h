@@ -168,7 +168,7 @@ class CudaModel final : public Model {
   void sample(const Input& broca, int64_t rows, const Sampling&, const Output& ids) override;
 
   double rate(int region) const override { return rates_[region]; }
-  void recorded(int region, float* u, float* s) const override;
+  void recorded(int region, float* u, float* s, float* gate) const override;
   uintptr_t stream() const override { return reinterpret_cast<uintptr_t>(stream_.get()); }
   void wait_for(uintptr_t stream) override;
   void hand_over(uintptr_t stream) override;

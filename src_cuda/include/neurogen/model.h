@@ -177,9 +177,11 @@ class Model {
   virtual void logits(const Input& broca, int64_t rows, const Output& out) = 0;  // [rows, D] -> [rows, V]
   virtual void sample(const Input& broca, int64_t rows, const Sampling&, const Output& ids) = 0;  // -> [rows]
 
-  // Mean firing rate of a region in the last training call; copies of its u and s, [T, S, n].
+  // Mean firing rate of a region in the last training call.
   virtual double rate(int region) const = 0;
-  virtual void recorded(int region, float* u, float* s) const = 0;
+  // Copies of u, s and G of a region in the last call that ran the brain, [T, S, n] each. gate: null = not wanted, as
+  // after a call that learnt, which has turned G into errors, and where the region has no gate.
+  virtual void recorded(int region, float* u, float* s, float* gate) const = 0;
 
   // The model's own CUDA stream (0 on the CPU). Device arrays are ready for it once wait_for() was called with the
   // stream that works on them (1 = the legacy default stream, 2 = the per-thread default stream, else a cudaStream_t);

@@ -112,6 +112,7 @@ def _measure(opened: tokenization.Tokenizer, source: Source) -> str:
 
 
 def _shown(opened: tokenization.Tokenizer, ids: tokenization.Int32) -> str:
-    """Return ids with the text of each."""
-    text = " ".join(f"{i}:{opened.decode([i])!r}" for i in ids[:SHOWN])
+    """Return ids with the text of each, or its bytes where they are a part of a character."""
+    texts = [(int(i), opened.decode([i])) for i in ids[:SHOWN]]
+    text = " ".join(f"{i}:{opened.decode_bytes([i]) if chr(0xFFFD) in said else said!r}" for i, said in texts)
     return text + (f" ... ({len(ids)} in all)" if len(ids) > SHOWN else "")

@@ -178,17 +178,18 @@ class _Writer:
 
 def _mapped(path: Path, dtype: str, facts: Any) -> NDArray[Any]:
     """Map a file whose size and hash are as noted."""
+    digest, size = hashlib.sha256(), 0
     try:
-        array = np.memmap(path, np.uint8, "r")
-    except (OSError, ValueError) as error:  # ValueError: it is empty
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+                size += len(chunk)
+    except OSError as error:
         raise CacheError(f"{path}: expected a readable file, got: {error}") from error
-    digest = hashlib.sha256()
-    for begin in range(0, len(array), 1 << 24):
-        digest.update(array[begin : begin + (1 << 24)].data)
-    found = {"bytes": len(array), "sha256": digest.hexdigest()}
+    found = {"bytes": size, "sha256": digest.hexdigest()}
     if found != facts:
         raise CacheError(f"{path}: expected {facts}, got {found}")
-    return array.view(dtype)
+    return np.memmap(path, dtype, "r")
 
 
 def _read_meta(path: Path) -> dict[str, Any]:

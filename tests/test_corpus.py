@@ -225,7 +225,7 @@ def _open(texts: Path, tmp_path: Path, results) -> None:
 def test_processes_at_once_make_it_together(texts: Path, tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    processes = [context.Process(target=_open, args=(texts, tmp_path, results)) for _ in range(3)]
+    processes = [context.Process(target=_open, args=(texts, tmp_path, results)) for _ in range(2)]
     for process in processes:
         process.start()
     seen = {results.get(timeout=60) for _ in processes}

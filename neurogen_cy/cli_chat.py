@@ -23,7 +23,7 @@ HELP = """\
 /save FILE        write the conversation: what was said, and the brain's state
 /load FILE        go on with one that was saved
 /help             this list
-Ctrl-D ends, Ctrl-C ends an answer"""
+/quit             or Ctrl-D: the end; Ctrl-C ends an answer"""
 
 
 @click.command()
@@ -51,6 +51,8 @@ def chat(
         model.generate([[0]], 1, seed=seed, **sampling)  # checks them now; nothing is drawn
     click.echo(f"{path}, step {model.step}; /help lists the commands, Ctrl-D ends", err=True)
     for line in _lines():
+        if line.strip() == "/quit":
+            break
         with _told():
             if line.startswith("/"):
                 _obey(talk, *line[1:].split(maxsplit=1))

@@ -26,7 +26,7 @@ from neurogen_cy.train import BEST
 
 @click.command("eval")
 @click.argument("path", metavar="CHECKPOINT", type=PATH)
-@click.option("--data", metavar="TEXT", help="Text to evaluate on, as for train.  [default: the one trained on]")
+@click.option("--data", metavar="FILE_OR_DIR", help="Text to evaluate on, as for train.  [default: the one trained on]")
 @click.option("--all", "whole", is_flag=True, help="Evaluate on all of the text, not only its last 10 %.")
 @click.option("--ngrams", is_flag=True, help="Show 3-, 4- and 5-grams, counted on the first 90 %, beside it.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as one JSON object.")

@@ -36,9 +36,9 @@ def _option(name: str, kind: Any, text: str, default: Any = None, metavar: str |
 
 
 _OPTIONS = (
-    _option("data", str, "Text to learn: a file or a folder; .jsonl and .zst too.", "the topics of Python's help",
-            "TEXT"),
-    _option("validation", str, "Text to validate on.", "the last 10 % of the text to learn", "TEXT"),
+    _option("data", str, "Text to learn: a file or a folder, .jsonl and .zst too, or hf:NAME.",
+            "the topics of Python's help", "FILE_OR_DIR"),
+    _option("validation", str, "Text to validate on.", "the last 10 % of the text to learn", "FILE_OR_DIR"),
     _option("field", str, "What the text is called in the objects of a .jsonl.", "text", "NAME"),
     _option("tokenizer", str, "A tokenizer's JSON file or SentencePiece model, or bytes.", "bytes", "FILE"),
     _option("config", PATH, "Connectome of your own, instead of a preset.", metavar="FILE.toml"),

@@ -154,7 +154,7 @@ def _tokens(
         return tokens, about | _facts(tokens, digest.hexdigest())
 
     def rows() -> Iterator[tuple[Piece, Int32]]:
-        total = source.size() if hold_out or progress else None
+        total = source.size(read=hold_out)
         held_out = HeldOut(total, int(total * TRAINING)) if hold_out and total is not None else None
         cut = pieces(_hashed(source.chunks(), digest), tokenizer, held_out)
         for piece, ids in tokenised(cut, tokenizer):

@@ -63,6 +63,7 @@ def _records(path: Path, key: str = "step") -> list[tuple[str, dict[str, Any]]]:
             if not isinstance(record[key], int):
                 raise TypeError("no whole number")
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}: line {number}: expected a record with {key}, got {line!r}") from error
+            expected = "a record with a step" if key == "step" else f"a record with {key}"
+            raise ValueError(f"{path}: line {number}: expected {expected}, got {line!r}") from error
         pairs.append((line, record))
     return pairs

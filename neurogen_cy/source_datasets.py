@@ -47,8 +47,16 @@ class DatasetSource(Source):
 
     def chunks(self) -> Iterator[Chunk]:
         """See `Source.chunks`."""
-        for number, row in enumerate(self._rows):
+        rows, number = iter(self._rows), -1
+        while True:
+            number += 1
             where = f"{self.name}: record {number}"
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:  # the library raises of many kinds
+                raise ValueError(f"{where}: expected to read it, got: {error}") from error
             if text := record_text(row, self._field, where):
                 yield Chunk(text, True, where, 0)
 
@@ -59,7 +67,7 @@ class DatasetSource(Source):
         stats = [(path, path.stat()) for path in visible_files(self._folder)]
         return [[str(path.relative_to(self._folder)), s.st_size, s.st_mtime_ns] for path, s in stats]
 
-    def size(self) -> int | None:
+    def size(self, read: bool = True) -> int | None:
         """Return None: a stream is read once."""
         return None
 

@@ -63,8 +63,13 @@ class Source(ABC):
         """Return a number of bytes that the whole text does not exceed, without reading it."""
         return math.inf
 
-    def size(self) -> int | None:
-        """Return the bytes of the whole text, None where telling would mean to fetch it twice."""
+    def size(self, read: bool = True) -> int | None:
+        """Return the bytes of the whole text, None where that is not known without reading it and `read` is False.
+
+        None too where reading means fetching.
+        """
+        if not read:
+            return None
         total = -1
         for chunk in self.chunks():
             total += len(chunk.data) + chunk.first
@@ -126,10 +131,10 @@ class FileSource(Source):
             return math.inf
         return sum(path.stat().st_size for path in self._files) + len(self._files) - 1
 
-    def size(self) -> int | None:
-        """See `Source.size`; plain text is not read for it."""
+    def size(self, read: bool = True) -> int | None:
+        """See `Source.size`; plain text need not be read for it."""
         if any(path.suffix == ".zst" or _is_lines(path) for path in self._files):
-            return super().size()
+            return super().size(read)
         return int(self.at_most())
 
 
@@ -145,10 +150,10 @@ def open_source(spec: Spec | None, field: str = "text") -> Source:
     """
     if spec is None or spec == DefaultSource.place:
         return DefaultSource()
-    if isinstance(spec, str) and spec.startswith("hf:"):
+    if os.fspath(spec).startswith("hf:"):
         from neurogen_cy.source_datasets import DatasetSource
 
-        return DatasetSource(spec, field)
+        return DatasetSource(os.fspath(spec), field)
     return FileSource(Path(spec), field)
 
 

@@ -76,7 +76,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode_bytes(self, ids: Sequence[int] | NDArray[Any]) -> bytes:
-        """Return the text of ids as bytes; for bytes and byte-level BPE exactly those that were encoded.
+        """Return the text of ids as bytes; for bytes, and byte-level BPE that normalises nothing, those encoded.
 
         Raises
         ------

@@ -15,7 +15,7 @@ import tokenizer_makers as makers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neurogen_cy import corpus, token_cache
+from neurogen_cy import corpus, sources, token_cache
 from neurogen_cy.corpus import open_corpus, open_same_corpus
 from neurogen_cy.data import default_corpus, split
 
@@ -129,6 +129,18 @@ def test_a_text_too_short_to_hold_out(tmp_path: Path) -> None:
         open_corpus(tmp_path / "a")
     with pytest.raises(ValueError, match="expected a text that gives tokens, got none"):
         open_corpus(tmp_path / "a", makers.make(TOKENIZER), cache=tmp_path / "c")
+
+
+@pytest.mark.parametrize("kind", ["bytes", TOKENIZER])
+def test_a_text_of_unknown_size_is_cut_at_a_document(kind: str, tmp_path: Path, monkeypatch) -> None:
+    lines = [json.dumps({"text": f"document {number} " * 20}) for number in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    wanted = open_corpus(tmp_path / "a.jsonl", makers.make(kind), cache=tmp_path / "one")
+    monkeypatch.setattr(sources.FileSource, "size", lambda self, read=True: None)
+    monkeypatch.setattr(sources.FileSource, "at_most", lambda self: math.inf)
+    found = open_corpus(tmp_path / "a.jsonl", makers.make(kind), cache=tmp_path / "two")
+    assert found.facts == wanted.facts and found.validation.ids.tolist() == wanted.validation.ids.tolist()
+    assert found.training.ids.tolist() == wanted.training.ids.tolist()
 
 
 # ---- the cache -------------------------------------------------------------------------------------------------

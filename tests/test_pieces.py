@@ -95,6 +95,22 @@ def test_a_separator_stands_before_every_document_but_the_first() -> None:
     ]
 
 
+@pytest.mark.parametrize("kind", ["bytes", "byte-level", "word-piece"])
+def test_little_of_a_text_is_in_memory_at_a_time(kind: str) -> None:
+    taken, given = 0, 0
+
+    def endless() -> Iterator[Chunk]:
+        nonlocal taken
+        for number in range(300):
+            taken += 1000
+            yield Chunk(b"some words more\n" * 62 + b"1234567\n", number % 100 == 0, "it", 0)
+
+    for piece, _ in tokenised(pieces(endless(), makers.make(kind), limit=2000), makers.make(kind), batch=5000):
+        given += len(piece.data)
+        assert taken - given <= 5000 + 2000 + 1000
+    assert given == taken == 300_000
+
+
 def test_text_that_cannot_be_held_is_named() -> None:
     tokenizer = makers.make("word-piece")
     rows = tokenised(pieces(chunks([b"good", b"so " * 400 + b"bad \xff"]), tokenizer, limit=100), tokenizer)

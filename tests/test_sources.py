@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -24,6 +25,7 @@ def documents(source: sources.Source) -> list[bytes]:
         assert chunk.offset == len(found[-1])
         found[-1] += chunk.data
     assert source.size() in (None, len(b"\n".join(found)))
+    assert source.size(read=False) in (None, source.size())
     assert source.at_most() >= len(b"\n".join(found))
     assert json.loads(json.dumps(source.manifest())) == source.manifest()
     return found
@@ -168,7 +170,7 @@ def test_a_data_set_on_disk(tmp_path: Path, datasets) -> None:
     made.save_to_disk(str(tmp_path / "one"))
     datasets.DatasetDict({"test": made}).save_to_disk(str(tmp_path / "many"))
     for spec in (f"hf:{tmp_path}/one", f"hf:{tmp_path}/many::test"):
-        source = open_source(spec)
+        source = open_source(Path(spec) if spec.endswith("one") else spec)
         assert documents(source) == [b"one", b"two"] and source.size() is None
         assert documents(open_source(source.place)) == [b"one", b"two"]
     with pytest.raises(ValueError, match="record 0: expected a record with text in its field 'n', got int there"):
@@ -181,6 +183,38 @@ def test_a_folder_streamed_by_datasets(tmp_path: Path, datasets) -> None:
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "train.jsonl").write_bytes(lines({"text": "one"}, {"text": "two"}))
     assert documents(open_source(f"hf:{tmp_path}/d")) == [b"one", b"two"]
+
+
+def test_a_data_set_that_breaks_off(tmp_path: Path, datasets, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = datasets.Dataset.from_dict({"text": ["one"]})
+    made.save_to_disk(str(tmp_path / "one"))
+    source = open_source(f"hf:{tmp_path}/one")
+
+    def broken():
+        yield {"text": "one"}
+        raise RuntimeError("connection lost")
+
+    monkeypatch.setattr(source, "_rows", broken())
+    with pytest.raises(ValueError, match="record 1: expected to read it, got: connection lost"):
+        list(source.chunks())
+
+
+def test_a_data_set_of_the_hub_is_known_by_its_commit(datasets, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked = []
+
+    def load(*name, **settings):
+        asked.append((name, settings))
+        return [{"text": "one"}, {"text": "two"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    info = lambda self, name: SimpleNamespace(sha=f"of {name}")
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info)
+    source = open_source("hf:org/name:en:test")
+    assert documents(source) == [b"one", b"two"] and source.manifest() == "of org/name"
+    assert asked == [(("org/name", "en"), {"split": "test", "streaming": True})]
+    assert source.place == "hf:org/name:en:test" and open_source("hf:org/name").place == "hf:org/name::train"
 
 
 def test_a_data_set_that_is_not_there(datasets) -> None:

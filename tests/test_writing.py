@@ -182,6 +182,7 @@ def test_chat(run: Run, tmp_path: Path) -> None:
     options = ("--seed", 5, "--tokens", 20, "--stop", "what it cannot have learnt")
     once, twice = (run("chat", *options, typed="Hello\n" * times).stdout for times in (1, 2))
     assert twice.startswith(once) and twice != once * 2 and len(once) > 10
+    assert run("chat", *options, typed="Hello\n/quit\nHello\n").stdout == once
     reset = run("chat", *options, typed="Hello\n/reset\nHello\n")
     assert reset.stdout == once * 2 and "forgotten" in reset.stderr
     saved = run("chat", *options, typed=f"Hello\n/save {tmp_path / 'talk'}\n")

@@ -164,7 +164,7 @@ cdef class Core:
     # ---- looking -------------------------------------------------------------------------------------------
 
     def recorded(self, int region):
-        """(u, s, G) of the last call with record=True, [S, T, n] copies; G is None without a gate and after learning."""
+        """(u, s, G) of the last call with record=True, copies [S, T, n]; G: None without a gate and after learning."""
         cdef float[::1] values
         cdef float* to_u
         cdef size_t cells
@@ -175,10 +175,10 @@ cdef class Core:
                 raise RuntimeError("recorded: expected the last call to be one with record=True, got none")
             name = self.config.regions[region].name
             gated = self.recorded_gates and any(p.kind == "gate" and p.dst == name for p in self.config.projections)
-            shape = (3 if gated else 2, self.recorded_tokens, self.recorded_streams, self.config.regions[region].neurons)
-            out = np.empty(shape, np.float32)
+            shape = (self.recorded_tokens, self.recorded_streams, self.config.regions[region].neurons)
+            out = np.empty((3 if gated else 2, *shape), np.float32)
             values = out.reshape(-1)
-            to_u, cells = &values[0], values.shape[0] // shape[0]
+            to_u, cells = &values[0], out[0].size
             with nogil:
                 deref(self.model).recorded(region, to_u, to_u + cells, to_u + 2 * cells if gated else NULL)
             arrays = [np.ascontiguousarray(array.transpose(1, 0, 2)) for array in out]

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 SHORTER = {
     "for name in sorted(topics))": "for name in sorted(topics)[:16])",
-    "--steps 1200": "--steps 12", "--steps 1500": "--steps 15", "--steps 400": "--steps 4", "steps=300": "steps=6",
+    "--steps 1200": "--steps 12 --no-pictures", "--steps 1500": "--steps 15 --no-pictures",
+    "--steps 400": "--steps 4 --no-pictures", "--only raster\n": "--only raster --format png\n", "steps=300": "steps=6",
     "warmup=30, evaluate_every=100": "warmup=1, evaluate_every=3", "--tokens 200": "--tokens 20",
     "--vocab-size 1024": "--vocab-size 300",
 }  # fmt: skip

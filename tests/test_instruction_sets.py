@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 
 def run(wanted, *command):
     environment = {**os.environ, "NEUROGEN_CPU_ISA": wanted}
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, cwd=HERE.parent)
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("wanted", SETS[: SETS.index(_cpu.instruction_set())])

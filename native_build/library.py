@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SANITIZERS = os.environ.get("NEUROGEN_SANITIZE", "")  # as in "address,undefined": for gcc's -fsanitize
-FOLDER = ROOT / "build" / "-".join(["native", *filter(None, SANITIZERS.split(","))])  # pip compiles in a new temporary folder each time: objects would never be kept
+SANITIZERS = os.environ.get("NEUROGEN_SANITIZE", "")  # for gcc's -fsanitize, as in "address,undefined"
+# pip compiles in a new temporary folder each time: objects would never be kept.
+FOLDER = ROOT / "build" / "-".join(["native", *filter(None, SANITIZERS.split(","))])
 SOURCES = Path("src_cuda")
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
              "-ffp-contract=fast", "-Wall", "-Wextra"]

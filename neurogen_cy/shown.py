@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import reprlib
 
+
 class _Shown(reprlib.Repr):
     def __init__(self) -> None:
         super().__init__()

@@ -288,7 +288,7 @@ def seal(files):
             about["bytes"], about["sha256"] = len(data), hashlib.sha256(data).hexdigest()
         facts.pop("checksum", None)
         facts["checksum"] = checkpoint._checksum(facts)
-        files[META] = json.dumps(facts).encode()
+        files[META] = json.dumps(facts, separators=(",", ":")).encode()
     except (ValueError, RecursionError, AttributeError, KeyError, TypeError):
         return False
     return True

@@ -1,6 +1,6 @@
 """kill -9 at random moments of a training that saves after every step; after each, what is on the disk goes on.
 
-    python tests/kill_campaign.py [--kills 200] [--backend cpu|cuda] [--seed 0]
+    python tests/kill_campaign.py [--kills 200] [--backend cpu|cuda] [--seed 0] [--steps 400]
 
 A child process trains and says the number of every step that it has saved. It is killed up to WINDOW seconds after it
 began. Then the newest checkpoint has to load, to be no older than the last step that was said, and to equal an unkilled
@@ -27,7 +27,7 @@ import neurogen_cy as ng
 from neurogen_cy import checkpoint, persistence
 
 B, T, V = 4, 16, 64
-STEPS = 400  # of the unkilled run; who arrives there starts again
+STEPS = 400  # of the unkilled run; who arrives there starts again; TEXT is that long
 AHEAD = 3
 WINDOW = 0.15
 CONFIG = ng.Config(
@@ -79,35 +79,38 @@ def checkpoint_exists(folder):
     return any(Path(folder, name).exists() for name in ("last", "last.old"))
 
 
-def unkilled(backend):
+def unkilled(backend, steps):
     """Digests of a run that nothing disturbs, by step."""
     with tempfile.TemporaryDirectory() as folder:
         run, digests = Run(folder, backend), []
         while True:
             digests.append(run.digest())
-            if run.model.step == STEPS:
+            if run.model.step == steps:
                 return digests
             run.step()
 
 
-def child(folder, backend):
+def child(folder, backend, steps):
     run = Run(folder, backend)
     print(run.model.step, flush=True)
-    while run.model.step < STEPS:
+    while run.model.step < steps:
         run.step()
         run.save()
         print(run.model.step, flush=True)
 
 
-def strike(folder, backend, rng):
+def command_of(folder, backend, steps):
+    return [sys.executable, __file__, "--child", str(folder), "--backend", backend, "--steps", str(steps)]
+
+
+def strike(folder, backend, steps, rng):
     """Starts a child, kills it; returns the last step that it said it had saved."""
-    command = [sys.executable, __file__, "--child", str(folder), "--backend", backend]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    first = process.stdout.readline()
-    time.sleep(rng.uniform(0, WINDOW))
-    process.send_signal(signal.SIGKILL)
-    said = [first, *process.stdout.read().splitlines(keepends=True)]
-    if process.wait() not in (-signal.SIGKILL, 0) or not first:
+    with subprocess.Popen(command_of(folder, backend, steps), stdout=subprocess.PIPE, text=True) as process:
+        first = process.stdout.readline()
+        time.sleep(rng.uniform(0, WINDOW))
+        process.send_signal(signal.SIGKILL)
+        said = [first, *process.stdout.read().splitlines(keepends=True)]
+    if process.returncode not in (-signal.SIGKILL, 0) or not first:
         raise RuntimeError(f"the child ended by itself with status {process.returncode}, having said {said[-1]!r}")
     return int([line for line in said if line.endswith("\n")][-1])
 
@@ -134,34 +137,33 @@ def check(folder, backend, said, expected):
     for _ in range(AHEAD + 1):
         if run.digest() != expected[run.model.step]:
             return f"saved at step {step}, other bits at step {run.model.step}", step
-        if run.model.step == STEPS:
+        if run.model.step == len(expected) - 1:
             break
         run.step()
     return None, step
 
 
-def campaign(kills, backend, seed=0):
+def campaign(kills, backend, seed=0, steps=STEPS):
     """Returns the summary; `failures` is empty where everything went on as if nothing had happened."""
-    begin, rng, expected = time.perf_counter(), np.random.default_rng(seed), unkilled(backend)
+    begin, rng, expected = time.perf_counter(), np.random.default_rng(seed), unkilled(backend, steps)
     places, failures, laps, trained = Counter(), [], 0, 0
     with tempfile.TemporaryDirectory() as top:
         folder = Path(top, "run")
         folder.mkdir()
         before = 0
         for kill in range(kills):
-            said = strike(folder, backend, rng)
+            said = strike(folder, backend, steps, rng)
             places[struck(folder)] += 1
             wrong, step = check(folder, backend, said, expected)
             if wrong:
                 failures.append(f"kill {kill}: {wrong}")
             trained, before = trained + step - before, step
-            if wrong or step == STEPS:
+            if wrong or step == steps:
                 shutil.rmtree(folder)
                 folder.mkdir()
                 laps, before = laps + 1, 0
-        child_of = [sys.executable, __file__, "--child", str(folder), "--backend", backend]
-        subprocess.run(child_of, check=True, stdout=subprocess.DEVNULL)
-        wrong, _ = check(folder, backend, STEPS, expected)
+        subprocess.run(command_of(folder, backend, steps), check=True, stdout=subprocess.DEVNULL)
+        wrong, _ = check(folder, backend, steps, expected)
         if wrong or os.listdir(folder) != ["last"]:
             failures.append(f"at the end: {wrong}, {os.listdir(folder)}")
     return {
@@ -175,11 +177,12 @@ def main():
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--backend", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=STEPS, choices=range(AHEAD, STEPS + 1), metavar="N")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        return child(args.child, args.backend)
-    summary = campaign(args.kills, args.backend, args.seed)
+        return child(args.child, args.backend, args.steps)
+    summary = campaign(args.kills, args.backend, args.seed, args.steps)
     print(json.dumps(summary, indent=1))
     sys.exit(bool(summary["failures"]))
 

@@ -207,7 +207,8 @@ def campaign(kind, count, seed=0):
             wrong.append(f"{todo.pop(0)}: status {done.returncode}: {done.stderr[-800:]}")
     return {
         "cases": count, "outcomes": dict(outcomes), "slowest_s": round(slowest, 3),
-        "peak_mib": round(peak / 2**20, 1), "wrong": wrong, "by_mutation": {k: dict(v) for k, v in sorted(kinds.items())},
+        "peak_mib": round(peak / 2**20, 1), "wrong": wrong,
+        "by_mutation": {k: dict(v) for k, v in sorted(kinds.items())},
     }  # fmt: skip
 
 

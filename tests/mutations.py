@@ -1,7 +1,7 @@
 """Ways of damaging a checkpoint or a configuration, for mutate_checkpoints.py. All draw from the generator they get.
 
-A checkpoint is {file name: bytes} here. CHECKPOINT maps names to functions (rng, files) -> None that change it in place;
-`seal` makes its checksums right again, so that what stands behind them is reached.
+A checkpoint is {file name: bytes} here. CHECKPOINT maps names to functions (rng, files) -> None that change it in
+place; `seal` makes its checksums right again, so that what stands behind them is reached.
 """
 
 import hashlib
@@ -15,9 +15,9 @@ from neurogen_cy import checkpoint
 
 META = "meta.json"
 HOSTILE = (
-    None, True, False, -1, 0, 1, 2, 31, 2**31 - 1, 2**31, 2**63 - 1, 2**63, 2**64, 10**50, 10**400, -0.0, 1.5, 1e-320, 1e308,
-    float("nan"), float("inf"), "", "1", "a" * 100_000, "\ud800", "\0", "../../etc/passwd", [], {}, [[]], {"a": 1},
-    [0] * 10_000, list("ab"), [1.0, 30.0], [30.0, 1.0], "drive", "gate", "embedding",
+    None, True, False, -1, 0, 1, 2, 31, 2**31 - 1, 2**31, 2**63 - 1, 2**63, 2**64, 10**50, 10**400, -0.0, 1.5,
+    1e-320, 1e308, float("nan"), float("inf"), "", "1", "a" * 100_000, "\ud800", "\0", "../../etc/passwd", [], {}, [[]],
+    {"a": 1}, [0] * 10_000, list("ab"), [1.0, 30.0], [30.0, 1.0], "drive", "gate", "embedding",
 )  # fmt: skip
 
 
@@ -170,8 +170,8 @@ def header(rng, files):
     size = len(rest)
     changes = {
         "dtype": ("F64", "F16", "BF16", "F8_E4M3", "F4", "C64", "I64", "BOOL", "f32", "", 5, None),
-        "shape": ([2**62, 4], [2**64, 0], [0], [], [-1], [2**32, 2**32], [1.5], "a", None, [[1]], [1] * 10_000, [2**63]),
-        "data_offsets": ([0, size], [size, 0], [0, 2**63], [0, 0], [4, 8], [-4, 0], [0], None, [1, size], [0, 2**64 - 1]),
+        "shape": ([2**62, 4], [2**64, 0], [0], [], [-1], [2**32, 2**32], [1.5], "a", None, [[1]], [1] * 9999, [2**63]),
+        "data_offsets": ([0, size], [size, 0], [0, 2**63], [0, 0], [4, 8], [-4, 0], [0], None, [1, size], [0, 2**64]),
     }
     field = pick(rng, (*changes, "key", "metadata", "many", "spaces", "twice"))
     if field in changes:
@@ -307,8 +307,9 @@ CHECKPOINT = {
 
 WORDS = (
     "nan", "inf", "-1", "0", "1e400", "2147483648", "0x" + "f" * 4000, "9" * 4000, "true", '""', "[]", "{}", "[1.0]",
-    "[30.0, 1.0]", "1979-05-27", "07:32:00", "'a'", '"\\ud800"', "[" * 1000 + "]" * 1000, "{a = 1}", "1.5", '"' + "a" * 3000 + '"',
-    "[nan, 1.0]", '"embedding"', '"drive"', "96", "-0.0", "1e-320", "0.5", "1_000", ".".join("a" * 1000),
+    "[30.0, 1.0]", "1979-05-27", "07:32:00", "'a'", '"\\ud800"', "[" * 1000 + "]" * 1000, "{a = 1}", "1.5",
+    '"' + "a" * 3000 + '"', "[nan, 1.0]", '"embedding"', '"drive"', "96", "-0.0", "1e-320", "0.5", "1_000",
+    ".".join("a" * 1000),
 )  # fmt: skip
 
 
@@ -323,7 +324,8 @@ def toml(rng, data):
     elif choice == 5:
         del lines[at]
     elif choice == 6:
-        lines.insert(at, pick(rng, ("x = 1", "[x]", "[[x]]", "[regions]", "[[regions]]", "=", "]", "\0", '"', ".".join("a" * 2000) + "=1")))
+        dotted = ".".join("a" * 2000) + "=1"
+        lines.insert(at, pick(rng, ("x = 1", "[x]", "[[x]]", "[regions]", "=", "]", "\0", '"', dotted)))
     elif choice == 7:
         lines.insert(int(rng.integers(len(lines))), lines[at])
     elif choice == 8:

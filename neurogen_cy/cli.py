@@ -1,4 +1,4 @@
-"""The command line `neurogen`: train, eval, generate, info, diagnose."""
+"""The command line `neurogen`: train, eval, generate, info, diagnose, selftest."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from neurogen_cy.cli_common import (
     usage_errors,
 )
 from neurogen_cy.cli_diagnose import diagnose
+from neurogen_cy.cli_selftest import command as selftest
 from neurogen_cy.cli_train import STREAMS, TOKENS, train
 from neurogen_cy.config import Config
 from neurogen_cy.data import evaluation_streams, split
@@ -40,6 +41,7 @@ def main() -> None:
 
 main.add_command(train)
 main.add_command(diagnose)
+main.add_command(selftest)
 
 
 @main.command("eval")

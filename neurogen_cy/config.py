@@ -103,7 +103,7 @@ class Region:
     def __post_init__(self) -> None:
         rule = f"{_NAME.pattern} and neither {' nor '.join(RESERVED_NAMES)}"
         valid = lambda name: name not in RESERVED_NAMES and _NAME.fullmatch(name) is not None
-        where = f"region {_check('region name', self.name, str, rule, valid)!r}: "
+        where = f"region {shown(_check('region name', self.name, str, rule, valid))}: "
         neurons = _integer(where + "neurons", self.neurons, BLOCK, BLOCK)
         level, bias = _integer(where + "level", self.level, 0), _number(where + "bias", self.bias)
         pairs = ("tau", "tau_adapt", "a", "b")
@@ -142,7 +142,9 @@ class Projection:
         self.__dict__.update(delay=delay, density=density, gain=gain)
 
     def __str__(self) -> str:
-        return f"{self.src} -> {self.dst} ({self.kind}, delay {self.delay})"
+        values = (self.src, self.dst, self.kind, self.delay)  # not yet checked when a message names them
+        src, dst, kind, delay = ((value if isinstance(value, str) else shown(value))[:100] for value in values)
+        return f"{src} -> {dst} ({kind}, delay {delay})"
 
 
 @dataclass(frozen=True)

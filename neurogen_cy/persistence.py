@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from neurogen_cy.model import NeuroGen
 
 MOMENTS = ("moment1", "moment2")
+FACTS = ("config", "optimizer", "nonfinite", "streams", "max_tokens", "seed", "step", "calls", "skipped")
+LARGEST_MOMENT = float(np.sqrt(np.finfo(np.float32).max))  # no step is done on a gradient whose square is no float32
 Shapes = dict[str, tuple[tuple[int, ...], "np.dtype[Any]"]]
 
 
@@ -69,13 +71,15 @@ def load(
     """See `NeuroGen.load`. What the checkpoint holds is checked whole before a model is made of it."""
     tensors, meta = checkpoint.read(directory)
     try:
+        if missing := [name for name in FACTS if name not in meta]:
+            raise ValueError(f"expected the facts {', '.join(FACTS)}, got no {missing[0]}")
         cfg = Config.from_dict(meta["config"])
         settings = {"optimizer": AdamW(**meta["optimizer"]), "nonfinite": _nonfinite(meta), **settings}
         saved, saved_tokens = _count(meta, "streams", MAX_COUNT, 1), _count(meta, "max_tokens", MAX_COUNT, 1)
         seed = _count(meta, "seed", 2**64 - 1)
         step, calls, skipped = (_count(meta, name, 2**62) for name in ("step", "calls", "skipped"))
         model_sizes(saved, saved_tokens, 1)
-    except (KeyError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise CheckpointError(f"{directory}: meta.json does not describe a model: {error}") from error
     check(directory, cfg, saved, tensors)
     model = cls(
@@ -134,9 +138,13 @@ def _check_values(where: str, array: NDArray[np.float32]) -> None:
     if array.size == 0:
         return
     low, high = float(array.min()), float(array.max())  # NaN wherever there is one
-    least = 0.0 if where.endswith(".moment2") else -math.inf  # its root is taken
-    if not (math.isfinite(low) and math.isfinite(high) and low >= least):
-        raise CheckpointError(f"{where}: expected finite values{' >= 0' * (least == 0)}, got {low} to {high}")
+    least, most = -math.inf, math.inf
+    if where.endswith(".moment1"):
+        least, most = -LARGEST_MOMENT, LARGEST_MOMENT
+    elif where.endswith(".moment2"):
+        least = 0.0  # its root is taken
+    if not (math.isfinite(low) and math.isfinite(high) and least <= low and high <= most):
+        raise CheckpointError(f"{where}: expected finite values in {least:g}..{most:g}, got {low} to {high}")
 
 
 def _check_blocks(where: str, cfg: Config, model: Mapping[str, Any]) -> None:

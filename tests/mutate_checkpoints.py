@@ -185,7 +185,7 @@ def batch(kind, seeds):
 
 def campaign(kind, count, seed=0):
     """Returns the summary of `count` cases: outcomes by mutation, worst time and memory, and what was wrong."""
-    outcomes, wrong, slowest, peak, kinds = Counter(), [], 0.0, 0, {}
+    outcomes, wrong, slowest, peak, kinds = Counter(), [], (0.0, ""), 0, {}
     todo = list(range(seed * 1_000_000, seed * 1_000_000 + count))
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     while todo:
@@ -197,7 +197,7 @@ def campaign(kind, count, seed=0):
             label = outcome.split(":")[0]
             outcomes[label] += 1
             kinds.setdefault(name, Counter())[label] += 1
-            slowest, peak = max(slowest, seconds), max(peak, memory)
+            slowest, peak = max(slowest, (round(seconds, 3), f"{number}, {name}")), max(peak, memory)
             if label == "wrong":
                 wrong.append(f"{number}, {name}: {outcome}")
         todo = todo[len(lines) :]
@@ -206,7 +206,7 @@ def campaign(kind, count, seed=0):
             outcomes["hang" if hung else "crash"] += 1
             wrong.append(f"{todo.pop(0)}: status {done.returncode}: {done.stderr[-800:]}")
     return {
-        "cases": count, "outcomes": dict(outcomes), "slowest_s": round(slowest, 3),
+        "cases": count, "outcomes": dict(outcomes), "slowest_s": slowest,
         "peak_mib": round(peak / 2**20, 1), "wrong": wrong,
         "by_mutation": {k: dict(v) for k, v in sorted(kinds.items())},
     }  # fmt: skip

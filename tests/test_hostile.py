@@ -58,6 +58,15 @@ def set_fact(*path, value):
     return apply
 
 
+def drop_fact(name):
+    def apply(files):
+        facts = json.loads(files["meta.json"])
+        del facts[name]
+        files["meta.json"] = json.dumps(facts).encode()
+
+    return apply
+
+
 def first(value):
     def apply(array):
         array.reshape(-1)[0] = value
@@ -81,9 +90,12 @@ SEALED = {
     "rows": (set_tensor("model", f"{KEY}.rows", first(1)), "rows: expected 0 to 0, each 2 times"),
     "cols out of range": (set_tensor("model", f"{KEY}.cols", first(2**31 - 1)), "cols: expected 2 ascending"),
     "cols twice": (set_tensor("model", f"{KEY}.cols", first(1)), "cols: expected 2 ascending columns in 0..1"),
-    "NaN weight": (set_tensor("model", "decoder.weight", first(np.nan)), "expected finite values, got nan"),
-    "moment": (set_tensor("optimizer", "decoder.bias.moment2", first(-1)), "expected finite values >= 0, got -1"),
-    "moment NaN": (set_tensor("optimizer", "decoder.bias.moment1", first(np.nan)), "expected finite values, got nan"),
+    "NaN": (set_tensor("model", "decoder.weight", first(np.nan)), "finite values in -inf..inf, got nan"),
+    "moment": (set_tensor("optimizer", "decoder.bias.moment2", first(-1)), "expected finite values in 0..inf, got -1"),
+    "moment NaN": (set_tensor("optimizer", "decoder.bias.moment1", first(np.nan)), "expected finite .* got nan"),
+    "moment too large": (set_tensor("optimizer", "decoder.bias.moment1", first(3e38)), "in -1.8.* to 3.0.*e.38"),
+    "no seed": (drop_fact("seed"), "expected the facts config, .*, got no seed"),
+    "delay": (set_fact("config", "projections", 0, "delay", value=[0] * 10**5), "delay: expected an integer .{0,300}$"),
     "state": (set_tensor("state", "broca.o", lambda a: a[:1]), r"expected float32 \(4, 32\), got float32 \(1, 32\)"),
     "dtype": (set_tensor("optimizer", "decoder.bias.moment1", np.float64), "expected float32 .*, got float64"),
     "unknown dtype": (retype(b"BF16"), "model.safetensors: expected"),
@@ -178,6 +190,7 @@ TOMLS = {
     "long line": (".".join("a" * 3000) + " = 1", "expected lines of at most 4096 characters"),
     "large": ("# comment\n" * 30_000, "expected a configuration of at most 262144 bytes"),
     "large number": ("vocab_size = 0x" + "f" * 4000, "vocab_size: expected .*, got an integer of 16000"),
+    "large delay": ('[[projections]]\nsrc="a"\ndst="b"\ndelay = 0x' + "f" * 4000, "delay: expected an integer from 0"),
     "bytes": ("\xff", "expected a configuration in TOML"),
     "long key": ("a" * 4000 + " = 1", "unknown key 'aaaa.{0,300}$"),
 }
@@ -190,6 +203,8 @@ def test_hostile_toml_is_refused(tmp_path, name):
     rest = (tmp_path / "c.toml").read_text()
     if name == "large number":
         rest = rest.split("\n", 1)[1]  # vocab_size stands first
+    elif name == "large delay":
+        text, rest = rest, text
     (tmp_path / "c.toml").write_bytes((text + "\n" + rest).encode("latin-1"))
     with pytest.raises(ValueError, match=message):
         ng.Config.from_toml(tmp_path / "c.toml")

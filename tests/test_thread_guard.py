@@ -1,4 +1,4 @@
-"""10,000 calls of many threads on one model: each is served whole or refused, and the served ones learn the same bits."""
+"""10,000 calls of many threads on one model: each is served whole or refused, and the served ones learn the same."""
 
 import threading
 
@@ -10,10 +10,11 @@ CALLS, THREADS = 10_000, 8
 
 
 def test_ten_thousand_calls_at_once(backend):
-    """Bits are compared with those of one thread that makes the served calls, in the order in which they were served."""
+    """Bits are compared with those of one thread that makes the served calls, in the order of their service."""
     m = build(backend, streams=2, max_tokens=2)
     batches = [batch(number, 2, 2) for number in range(16)]
-    looks = (lambda which: m.state(), lambda which: m.brain.broca_output(), lambda which: m.evaluate(*batches[which][:2]))
+    evaluate = lambda which: m.evaluate(*batches[which][:2])
+    looks = (lambda which: m.state(), lambda which: m.brain.broca_output(), evaluate)
     orders = []  # (optimizer step after it, which batch) of the served training calls
     refused, others, errors = [0] * THREADS, [0] * THREADS, []
     start = threading.Barrier(THREADS)

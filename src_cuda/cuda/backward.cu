@@ -26,13 +26,16 @@ __global__ void unnormalize_kernel(const float* broca, const float* inverse_rms,
   for (int64_t j = row * dim + lane; j < (row + 1) * dim; j += 32) error[j] = factor * (error[j] - broca[j] * mean);
 }
 
-// dE/d o -> dE/d(summed readout input): the integrator's adjoint; a thread follows one channel of one stream.
+// dE/d o -> dE/d(summed readout input), in panels: the integrator's adjoint; a thread follows one channel of one
+// stream.
 template <class Real>
 __global__ void readout_adjoint_kernel(const float* error, const float* kappa, const uint8_t* resets, int streams,
-                                       int tokens, int64_t dim, Real* out) {
+                                       int tokens, int64_t dim, int64_t stride, Real* out) {
   const int64_t at = int64_t{blockIdx.x} * blockDim.x + threadIdx.x, step = streams * dim;
   if (at >= step) return;
-  const float keep = kappa[at % dim];
+  const int64_t stream = at / dim, channel = at % dim;
+  const float keep = kappa[channel];
+  out += channel / kBlock * stride + stream * kBlock + channel % kBlock;
   float carry = 0;
   for (int last = tokens - 1; last >= 0; last -= kScanAhead) {
     float ahead[kScanAhead];
@@ -43,8 +46,8 @@ __global__ void readout_adjoint_kernel(const float* error, const float* kappa, c
       const int token = last - i;
       if (token < 0) break;
       const float adjoint = ahead[i] + carry;
-      out[token * step + at] = from_float<Real>((1.0f - keep) * adjoint);
-      carry = resets && resets[int64_t{token} * streams + at / dim] ? 0.0f : keep * adjoint;
+      out[int64_t{token} * streams * kBlock] = from_float<Real>((1.0f - keep) * adjoint);
+      carry = resets && resets[int64_t{token} * streams + stream] ? 0.0f : keep * adjoint;
     }
   }
 }
@@ -60,14 +63,14 @@ struct StoreSignal {
     const TileName name = tiles[tile];
     const RegionView& region = regions[name.region];
     const int neuron = name.offset + lane;
-    return [to = static_cast<Real*>(region.delta) + neuron, n = int64_t{region.n}, neuron, region = name.region,
-            dropout = dropout, streams = streams](int64_t row, float4 sums) {
+    return [to = static_cast<Real*>(region.delta) + name.offset / kBlock * region.stride + lane, neuron,
+            region = name.region, dropout = dropout, streams = streams](int64_t row, float4 sums) {
       if (dropout.probability > 0) {
         const float4 mask =
             dropout_mask(dropout, region, neuron, static_cast<int>(row / streams), static_cast<int>(row % streams));
         sums = {sums.x * mask.x, sums.y * mask.y, sums.z * mask.z, sums.w * mask.w};
       }
-      store4(to + row * n, sums);
+      store4(to + row * kBlock, sums);
     };
   }
 };
@@ -76,22 +79,23 @@ struct Scan {
   const RegionView* regions;
   const TileName* tiles;
   const uint8_t* resets;  // null = none
-  int first_tile, tile_count, streams, tokens;
+  int first_tile, streams, tokens;
   float surrogate_k, max_spike, rate_weight, rate_target;
   bool graded;
 };
 
 // N neighbouring neurons of one stream, from the last token to the first: two where there are streams enough, for wider
-// loads; one where it takes every warp to fill the GPU.
+// loads (a warp then takes 32 neurons of two streams); one where it takes every warp to fill the GPU. blockIdx.x: tile.
 template <class Real, int N>
 __global__ void __launch_bounds__(kScanThreads) scan_adjoint_kernel(Scan p) {
   constexpr int kPerTile = kBlock / N;
-  const int tile = blockIdx.x * (kScanThreads / kPerTile) + threadIdx.x / kPerTile;
-  if (tile >= p.tile_count) return;
-  const TileName name = p.tiles[p.first_tile + tile];
+  const int stream = blockIdx.y * (kScanThreads / kPerTile) + threadIdx.x / kPerTile;
+  if (stream >= p.streams) return;
+  const TileName name = p.tiles[p.first_tile + blockIdx.x];
   const RegionView& region = p.regions[name.region];
-  const int neuron = name.offset + threadIdx.x % kPerTile * N, stream = blockIdx.y;
-  const int64_t step = int64_t{p.streams} * region.n, first = int64_t{stream} * region.n + neuron;
+  const int lane = threadIdx.x % kPerTile * N, neuron = name.offset + lane;
+  const int64_t panel = name.offset / kBlock * region.stride;
+  const int64_t step = int64_t{p.streams} * kBlock, first = panel + stream * kBlock + lane;
   const Real* u_at = static_cast<const Real*>(region.u) + first;
   Real* delta_at = static_cast<Real*>(region.delta) + first;
   Real* d_at = static_cast<Real*>(region.d) + first;
@@ -100,10 +104,11 @@ __global__ void __launch_bounds__(kScanThreads) scan_adjoint_kernel(Scan p) {
 
   const double rows = static_cast<double>(p.streams) * p.tokens;
   float alpha[N], gain[N], rho[N], a[N], b[N], rate[N], lv[N] = {}, lw[N] = {}, dbias[N] = {};
+  const float* constants = region.constants + name.offset * 5 + lane;
 #pragma unroll
   for (int j = 0; j < N; ++j) {
-    alpha[j] = region.alpha[neuron + j], rho[j] = region.rho[neuron + j], gain[j] = region.gain[neuron + j];
-    a[j] = region.scaled_a[neuron + j], b[j] = region.scaled_b[neuron + j];
+    alpha[j] = constants[j], gain[j] = constants[kBlock + j], rho[j] = constants[2 * kBlock + j];
+    a[j] = constants[3 * kBlock + j], b[j] = constants[4 * kBlock + j];
     const double own = region.spike_count[neuron + j] / rows;
     rate[j] = static_cast<float>(p.rate_weight * 2.0 * (own - p.rate_target) / (region.n * rows));
   }
@@ -169,7 +174,7 @@ __global__ void __launch_bounds__(kScanThreads) scan_adjoint_kernel(Scan p) {
     work(other, last - kScanAhead);
   }
 #pragma unroll
-  for (int j = 0; j < N; ++j) region.dbias_part[first + j] = dbias[j];
+  for (int j = 0; j < N; ++j) region.dbias_part[int64_t{stream} * region.n + neuron + j] = dbias[j];
 }
 
 // dbias[j] (+)= sum over streams.
@@ -195,7 +200,7 @@ void CudaModel::readout_errors() {
     using Real = decltype(real);
     readout_adjoint_kernel<<<static_cast<int>((channels + 127) / 128), 128, 0, stream_.get()>>>(
         d_broca_, kappa_, has_resets_ ? resets_ : nullptr, call_streams_, call_tokens_, int64_t{spec_.dim},
-        static_cast<Real*>(readout_error_));
+        panel_values(), static_cast<Real*>(readout_error_));
   });
   launched();
 }
@@ -206,7 +211,6 @@ void CudaModel::learn_level(int level) {
                   tile_names_,
                   has_resets_ ? resets_ : nullptr,
                   first,
-                  count,
                   call_streams_,
                   call_tokens_,
                   spec_.surrogate_k,
@@ -219,8 +223,8 @@ void CudaModel::learn_level(int level) {
     multiply_blocks<Real>(stream_.get(), pull_, transposed_blocks_, rows_, first, count,
                           StoreSignal<Real>{region_views_, tile_names_, dropout(), call_streams_});
     launched();
-    const int each = call_streams_ <= kFewStreams ? 1 : 2, tiles = kScanThreads * each / kBlock;
-    const dim3 grid((count + tiles - 1) / tiles, call_streams_);
+    const int each = call_streams_ <= kFewStreams ? 1 : 2, streams = kScanThreads * each / kBlock;
+    const dim3 grid(count, (call_streams_ + streams - 1) / streams);
     (each == 1 ? scan_adjoint_kernel<Real, 1>
                : scan_adjoint_kernel<Real, 2>)<<<grid, kScanThreads, 0, stream_.get()>>>(scan);
     launched();

@@ -30,14 +30,14 @@ __global__ void __launch_bounds__(kProductWarps * 32)
     for (int i = 0; i < kProductSteps; ++i) zero(sums[i]);
     for (int32_t at = begin; at < end; ++at) {
       const Term term = list.terms[at];
-      const Real* source = static_cast<const Real*>(term.source) + first * term.ld;
+      const Real* source = static_cast<const Real*>(term.source) + first * kBlock;
       BlockWeights<Real> block;
       block.load(weights + int64_t{term.block} * kBlockArea);
       Sources<Real> sources[kProductSteps];
 #pragma unroll
       for (int i = 0; i < kProductSteps; ++i) {
         const int64_t left = rows - first - i * kRows;
-        sources[i].load(source + int64_t{i} * kRows * term.ld, term.ld, left < kRows ? static_cast<int>(left) : kRows);
+        sources[i].load(source + i * kStepValues, left < kRows ? static_cast<int>(left) : kRows);
       }
 #pragma unroll
       for (int i = 0; i < kProductSteps; ++i) multiply_add(sums[i], block, sources[i]);

@@ -5,15 +5,18 @@
 // the four receivers of a lane are then neighbours in memory. The order of the 32 sources inside a product is free as
 // long as both operands agree on it: lane t reads sources 8t .. 8t+7 with one 16-byte load.
 //
+// Sources lie in panels: 32 columns, row after row, so eight rows are 512 contiguous bytes in bf16.
 // bf16 blocks are stored with their rows in the order of these loads: row 8j + g of the stored block is receiver 4g +
 // j, so a warp's load is 512 contiguous bytes. float blocks are stored plainly, [receiver][source].
 #pragma once
 
+#include "neurogen/spec.h"
 #include "numbers.cuh"
 
 namespace neurogen::cuda {
 
-constexpr int kRows = 8;  // rows of one step
+constexpr int kRows = 8;                     // rows of one step
+constexpr int kStepValues = kRows * kBlock;  // of a panel
 
 __device__ inline int lane_receiver() { return threadIdx.x % 32 / 4 * 4; }
 __device__ inline int lane_row() { return threadIdx.x % 4 * 2; }
@@ -57,44 +60,37 @@ struct BlockWeights<float> {
 template <class Real>
 struct Sources;
 
-// Not written yet: all bits set, a NaN that no arithmetic gives.
-__device__ inline bool absent(const uint4& raw, bf16) {
-  return (__vcmpeq2(raw.x, ~0u) | __vcmpeq2(raw.y, ~0u) | __vcmpeq2(raw.z, ~0u) | __vcmpeq2(raw.w, ~0u)) != 0;
-}
-__device__ inline bool absent(const uint4& raw, float) {
-  return raw.x == ~0u || raw.y == ~0u || raw.z == ~0u || raw.w == ~0u;
-}
+// Not written yet: all bits set, NaNs that no arithmetic gives. Spikes are written and read eight bytes at a time
+// (speak4, peek), so one word of the eight bytes tells.
+__device__ inline bool absent(const uint4& raw) { return raw.x == ~0u || raw.z == ~0u; }
 
 // 16 bytes as they are in the L2 cache at this moment.
 __device__ inline uint4 peek(const void* from) {
-  uint4 raw;
-  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
-               : "l"(from));
-  return raw;
+  uint64_t low, high;
+  asm volatile("ld.relaxed.gpu.global.v2.b64 {%0,%1}, [%2];" : "=l"(low), "=l"(high) : "l"(from));
+  return {static_cast<unsigned>(low), static_cast<unsigned>(low >> 32), static_cast<unsigned>(high),
+          static_cast<unsigned>(high >> 32)};
 }
 
 template <>
 struct Sources<bf16> {
   uint4 raw;  // sources 8t .. 8t+7 of row g
-  static __device__ const bf16* own(const bf16* from, int64_t ld) {
-    return from + threadIdx.x % 32 / 4 * ld + threadIdx.x % 4 * 8;
-  }
+  static __device__ const bf16* own(const bf16* from) { return from + threadIdx.x % 32 * 8; }
   // from: row 0 of the eight; rows beyond `rows` count as zero.
-  __device__ void load(const bf16* from, int64_t ld, int rows) {
+  __device__ void load(const bf16* from, int rows) {
     raw = uint4{0, 0, 0, 0};
-    if (static_cast<int>(threadIdx.x % 32 / 4) < rows) raw = __ldcg(reinterpret_cast<const uint4*>(own(from, ld)));
+    if (static_cast<int>(threadIdx.x % 32 / 4) < rows) raw = __ldcg(reinterpret_cast<const uint4*>(own(from)));
   }
-  __device__ void look(const bf16* from, int64_t ld, int rows) {
+  __device__ void look(const bf16* from, int rows) {
     raw = uint4{0, 0, 0, 0};
-    if (static_cast<int>(threadIdx.x % 32 / 4) < rows) raw = peek(own(from, ld));
+    if (static_cast<int>(threadIdx.x % 32 / 4) < rows) raw = peek(own(from));
   }
-  __device__ bool missing() const { return absent(raw, bf16{}); }
+  __device__ bool missing() const { return absent(raw); }
   // Waits until all that look() asked for is there; patient: leaves the memory to others between two looks.
-  __device__ void settle(const bf16* from, int64_t ld, bool patient) {
+  __device__ void settle(const bf16* from, bool patient) {
     while (__any_sync(0xffffffffu, missing())) {
       if (patient) __nanosleep(100);
-      if (missing()) raw = peek(own(from, ld));
+      if (missing()) raw = peek(own(from));
     }
   }
   // Silences row g where `keep` is false (each lane passes the flag of its own row g).
@@ -107,17 +103,17 @@ template <>
 struct Sources<float> {
   const float* at[2];  // rows 2t and 2t+1, null = zero
   bool mine;           // row g counts
-  __device__ void load(const float* from, int64_t ld, int rows) {
-    for (int c = 0; c < 2; ++c) at[c] = lane_row() + c < rows ? from + (lane_row() + c) * ld : nullptr;
+  __device__ void load(const float* from, int rows) {
+    for (int c = 0; c < 2; ++c) at[c] = lane_row() + c < rows ? from + (lane_row() + c) * kBlock : nullptr;
     mine = static_cast<int>(threadIdx.x % 32 / 4) < rows;
   }
-  __device__ void look(const float* from, int64_t ld, int rows) { load(from, ld, rows); }
+  __device__ void look(const float* from, int rows) { load(from, rows); }
   // Cannot tell without looking again.
   __device__ bool missing() const { return true; }
   // The lanes of row g wait for it: 8t .. 8t+7 each.
-  __device__ void settle(const float* from, int64_t ld, bool) {
-    const float* own = from + threadIdx.x % 32 / 4 * ld + threadIdx.x % 4 * 8;
-    while (__any_sync(0xffffffffu, mine && (absent(peek(own), 0.0f) || absent(peek(own + 4), 0.0f)))) {
+  __device__ void settle(const float* from, bool) {
+    const float* own = from + threadIdx.x % 32 * 8;
+    while (__any_sync(0xffffffffu, mine && (absent(peek(own)) || absent(peek(own + 4))))) {
     }
   }
   __device__ void mask(bool keep) {  // the flag of row g sits in lanes 4g .. 4g+3

@@ -4,6 +4,8 @@
 //   v = alpha v - (1-alpha) w + sqrt(1-alpha^2) I - s,  u = v - 1
 //   s = H(u) min(1+u, max_spike),  w = rho w + (1-rho)(a v + b s)
 //
+// Between two tokens a cell keeps past = alpha v - (1-alpha) w - s and w, so that v = past + sqrt(1-alpha^2) I.
+//
 // Spikes carry their own readiness. Before the launch every spike of the call is set to a NaN with all bits set;
 // whoever needs one reads until it is something else, and each is written once. So no barrier orders the launch, nobody
 // waits for what it does not need, and no fence holds up the other stores. Cost: 2 bytes a spike of memory set
@@ -32,9 +34,8 @@ struct BrainCall {
   int streams, tokens, levels, stream_group, region_count, base_grid;
   int table_bytes;   // of shared memory before the resident blocks
   int slots;         // resident blocks of a share at most
-  bool local_state;  // v, w and spike counts live in shared memory, after the resident blocks
-  bool graded;
-  float max_spike;
+  bool local_state;  // past, w and spike counts live in shared memory, after the resident blocks
+  float max_spike;   // 1 where spikes are binary
   Dropout dropout;
 };
 
@@ -48,54 +49,60 @@ struct BrainTables {
   const Real* resident;  // blocks
 };
 
-// v and w of a lane's neurons in shared memory, in the lane's own order, and how often they spoke.
-template <int Steps>
+// past and w of a lane's neurons in shared memory, in the lane's own order, and how often they spoke.
+template <int Cells>
 struct LocalState {
-  float4 v[Steps][2][32], w[Steps][2][32];
+  float4 past[Cells][32], w[Cells][32];
   int4 count[32];
 };
 
-__device__ inline float emit(float u, bool graded, float max_spike) {
-  return u > 0 ? (graded ? fminf(1.0f + u, max_spike) : 1.0f) : 0.0f;
+// min(1+u, 1) = 1 for u > 0: a binary spike.
+__device__ inline float emit(float u, float max_spike) { return u > 0 ? fminf(1.0f + u, max_spike) : 0.0f; }
+
+__device__ inline float past_of(float v, float w, float s, float alpha) {
+  return fmaf(alpha, v, -s) - fmaf(-alpha, w, w);
 }
 
 // 2 sigmoid(x). The fast form is good to 1e-6, far below a bf16 gate's rounding.
 __device__ inline float gate_of(float x, bf16) { return __fdividef(2.0f, 1.0f + __expf(-x)); }
 __device__ inline float gate_of(float x, float) { return 2.0f / (1.0f + expf(-x)); }
 
-// Four spikes for others to read. Never reordered behind a later wait, and never the bits that mean "not yet": no
-// arithmetic gives them.
+// Four spikes for others to read, eight bytes at a time. Never reordered behind a later wait, and never the bits that
+// mean "not yet": no arithmetic gives them.
 __device__ inline void speak4(bf16* to, float4 x) {
   const Four<bf16> out = pack<bf16>(x);
-  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1,%2};" ::"l"(to), "r"(out.raw.x), "r"(out.raw.y));
+  const uint64_t bits = uint64_t{out.raw.y} << 32 | out.raw.x;
+  asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to), "l"(bits));
 }
 __device__ inline void speak4(float* to, float4 x) {
-  asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w));
+  const auto two = [](float low, float high) { return uint64_t{__float_as_uint(high)} << 32 | __float_as_uint(low); };
+  asm volatile("st.relaxed.gpu.global.v2.b64 [%0], {%1,%2};" ::"l"(to), "l"(two(x.x, x.y)), "l"(two(x.z, x.w)));
 }
 
+__device__ inline void as_array(float (&to)[4], float4 x) { to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w; }
+
+// Rows beyond `left` are computed as well, from spare rows or those of the next token, and not written.
 // Plain: neither resets nor dropout, whose code would crowd the instruction cache.
-template <class Real, int Steps, bool Plain>
+template <class Real, int Steps, int Columns, bool Plain>
 __device__ void run_tile(const BrainCall& call, const BrainTables<Real>& tables, const BrainTile& tile, int token,
-                         int stream0, int left, LocalState<Steps>* local) {
+                         int stream0, int left, LocalState<Steps * Columns>* local) {
   constexpr int kAhead = Steps == 1 ? 6 : 3;  // terms whose spikes are asked for before the first is used
-  const RegionView& region = tables.regions[tile.region];
-  const int lane = threadIdx.x % 32, n = region.n, neuron = tile.offset + lane_receiver();
-  const int64_t row0 = int64_t{token} * call.streams + stream0, first = (row0 + lane_row()) * n + neuron;
-  const bool last = token == call.tokens - 1, gated = region.gated;
-  Real *const d = static_cast<Real*>(region.d) + first, *const g = static_cast<Real*>(region.g) + first;
+  const int lane = threadIdx.x % 32;
+  const int64_t row0 = int64_t{token} * call.streams + stream0, first = (row0 + lane_row()) * kBlock + lane_receiver();
+  const bool last = token == call.tokens - 1, gated = tile.gated;
+  Real *const d = static_cast<Real*>(tile.d) + first, *const g = static_cast<Real*>(tile.g) + first;
+  const auto own = [&](int i, int c) { return i * kRows + lane_row() + c < left; };
   // Calls body(step, column of Sums, offset from the lane's first row) for the lane's rows.
   const auto for_rows = [&](auto body) {
 #pragma unroll
     for (int i = 0; i < Steps; ++i) {
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        if (i * kRows + lane_row() + c < left) body(i, c, (i * kRows + c) * n);
-      }
+      for (int c = 0; c < Columns; ++c) body(i, c, i * kStepValues + c * kBlock);
     }
   };
 
-  Sums sums[Steps];           // first of the gates, then of the drives, then I
-  Four<Real> kept[Steps][2];  // meanwhile: the embedding's share of the drive, then G
+  Sums sums[Steps];                 // first of the gates, then of the drives, then I
+  Four<Real> kept[Steps][Columns];  // meanwhile: the embedding's share of the drive, then G
   const auto take = [&](int i, int c, float4 x) {
     sums[i].x[0][c] = x.x, sums[i].x[1][c] = x.y, sums[i].x[2][c] = x.z, sums[i].x[3][c] = x.w;
   };
@@ -106,49 +113,50 @@ __device__ void run_tile(const BrainCall& call, const BrainTables<Real>& tables,
   for (int i = 0; i < Steps; ++i) zero(sums[i]);
   for_rows([&](int i, int c, int offset) {
     take(i, c, load4((gated ? g : d) + offset));
-    kept[i][c] = fetch4(d + offset);
+    if (gated) kept[i][c] = fetch4(d + offset);
   });
   int age[Steps] = {};
   if (!Plain && call.resets) {
 #pragma unroll
     for (int i = 0; i < Steps; ++i) {
-      const int own = i * kRows + lane / 4;
-      if (own < left) age[i] = call.age[row0 + own];
+      const int row = i * kRows + lane / 4;
+      if (row < left) age[i] = call.age[row0 + row];
     }
   }
-  if (!last && lane % 4 < 2) {  // the next token's drive and gate were written long ago: far away by now
-    const int64_t next = int64_t{call.streams} * n;
-#pragma unroll
-    for (int i = 0; i < Steps; ++i) {
-      if (i * kRows + lane_row() >= left) break;
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(d + next + i * kRows * n));
-      if (gated) asm volatile("prefetch.global.L2 [%0];" ::"l"(g + next + i * kRows * n));
-    }
+  // The next token's drive and gate were written long ago: far away by now. 128 bytes a lane.
+  constexpr int kLine = 128 / sizeof(Real), kLines = (Columns == 1 ? 1 : Steps * kRows) * kBlock / kLine;
+  if (!last && lane < max(kLines, 1)) {
+    const int64_t next = (row0 + call.streams) * kBlock + lane * kLine;
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const Real*>(tile.d) + next));
+    if (gated) asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const Real*>(tile.g) + next));
   }
 
   const auto close_gates = [&] {
     for_rows([&](int i, int c, int offset) {
       const float4 x = give(i, c);
-      const Four<Real> own =
+      const Four<Real> gate =
           pack<Real>({gate_of(x.x, Real{}), gate_of(x.y, Real{}), gate_of(x.z, Real{}), gate_of(x.w, Real{})});
       take(i, c, unpack<Real>(kept[i][c]));
-      kept[i][c] = own;
-      *reinterpret_cast<Four<Real>*>(g + offset) = own;
+      kept[i][c] = gate;
+      if (own(i, c)) *reinterpret_cast<Four<Real>*>(g + offset) = gate;
     });
   };
   const auto close_drives = [&] {
     for_rows([&](int i, int c, int offset) {
-      const float4 x = give(i, c), own = unpack<Real>(kept[i][c]);
-      store4(d + offset, x);
-      take(i, c, {x.x * own.x, x.y * own.y, x.z * own.z, x.w * own.w});
+      const float4 x = give(i, c), gate = unpack<Real>(kept[i][c]);
+      if (own(i, c)) store4(d + offset, x);
+      take(i, c, {x.x * gate.x, x.y * gate.y, x.z * gate.z, x.w * gate.w});
     });
   };
   const auto source_of = [&](const Term& term) {
-    const bool carried = token < term.delay;  // spoken in an earlier call
-    const Real* base = carried ? static_cast<const Real*>(tables.states[term.region].recent) + term.column
-                               : static_cast<const Real*>(term.source);
-    const int back = carried ? term.delay - 1 - token : token - term.delay;
-    return base + (int64_t{back} * call.streams + stream0) * term.ld;
+    int64_t row = int64_t{token - term.delay} * call.streams + stream0;
+    const Real* base = static_cast<const Real*>(term.source);
+    if (row < stream0) {  // spoken in an earlier call: [K, S] rows, newest first
+      base = static_cast<const Real*>(tables.states[term.region].recent);
+      row = (int64_t{term.panel} * tables.regions[term.region].history + (term.delay - 1 - token)) * call.streams +
+            stream0;
+    }
+    return base + row * kBlock;
   };
   // Kinds in turn: gates, drives, delayed. One copy of the code, run three times.
 #pragma unroll 1
@@ -160,10 +168,9 @@ __device__ void run_tile(const BrainCall& call, const BrainTables<Real>& tables,
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {
         if (j >= count) break;
-        const Term& term = tables.terms[at + j];
-        const Real* from = source_of(term);
+        const Real* from = source_of(tables.terms[at + j]);
 #pragma unroll
-        for (int i = 0; i < Steps; ++i) sources[j][i].look(from + i * kRows * term.ld, term.ld, left - i * kRows);
+        for (int i = 0; i < Steps; ++i) sources[j][i].look(from + i * kStepValues, left - i * kRows);
       }
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {
@@ -175,11 +182,16 @@ __device__ void run_tile(const BrainCall& call, const BrainTables<Real>& tables,
         } else {
           block.load(static_cast<const Real*>(call.weights) + int64_t{term.block} * kBlockArea);
         }
+        bool missing = false;
+#pragma unroll
+        for (int i = 0; i < Steps; ++i) missing |= sources[j][i].missing();
+        if (__any_sync(0xffffffffu, missing)) {
+          const Real* from = source_of(term);
+#pragma unroll
+          for (int i = 0; i < Steps; ++i) sources[j][i].settle(from + i * kStepValues, Steps > 1);
+        }
 #pragma unroll
         for (int i = 0; i < Steps; ++i) {
-          if (__any_sync(0xffffffffu, sources[j][i].missing())) {
-            sources[j][i].settle(source_of(term) + i * kRows * term.ld, term.ld, Steps > 1);
-          }
           if (!Plain && call.resets && term.delay) sources[j][i].mask(age[i] >= term.delay);
           multiply_add(sums[i], block, sources[j][i]);
         }
@@ -190,57 +202,58 @@ __device__ void run_tile(const BrainCall& call, const BrainTables<Real>& tables,
     if (kind == 1) close_drives();
   }
 
-  const StateView& state = tables.states[tile.region];
-  const float4 alphas = load4(region.alpha + neuron), gains = load4(region.gain + neuron);
-  const float4 rhos = load4(region.rho + neuron), as = load4(region.scaled_a + neuron);
-  const float4 bs = load4(region.scaled_b + neuron);
-  const float alpha[4] = {alphas.x, alphas.y, alphas.z, alphas.w}, gain[4] = {gains.x, gains.y, gains.z, gains.w};
-  const float rho[4] = {rhos.x, rhos.y, rhos.z, rhos.w}, a[4] = {as.x, as.y, as.z, as.w};
-  const float b[4] = {bs.x, bs.y, bs.z, bs.w};
-  const int64_t cell0 = int64_t{stream0 + lane_row()} * n + neuron;
-  Real *const s_at = static_cast<Real*>(region.s) + first, *const u_at = static_cast<Real*>(region.u) + first;
+  float alpha[4], gain[4], rho[4], a[4], b[4];
+  const float* constants = tile.constants + lane_receiver();
+  as_array(alpha, load4(constants)), as_array(gain, load4(constants + kBlock));
+  as_array(rho, load4(constants + 2 * kBlock)), as_array(a, load4(constants + 3 * kBlock));
+  as_array(b, load4(constants + 4 * kBlock));
+  Real *const s_at = static_cast<Real*>(tile.s) + first, *const u_at = static_cast<Real*>(tile.u) + first;
+  const auto spike_of = [&](float v) { return rounded<Real>(emit(v - 1.0f, call.max_spike)); };
   bool sound = true;
   int spoken[4] = {};
   for_rows([&](int i, int c, int offset) {
-    float4 vs, ws;
-    if (token == 0) {
-      vs = load4(state.v + cell0 + offset), ws = load4(state.w + cell0 + offset);
-    } else if (local) {
-      vs = local->v[i][c][lane], ws = local->w[i][c][lane];
+    float past[4], w[4], v[4], u[4], s[4];
+    const StateView& state = tables.states[tile.region];
+    const int stream = stream0 + min(i * kRows + lane_row() + c, left - 1), at = (i * Columns + c);
+    const int64_t cell = int64_t{stream} * tables.regions[tile.region].n + tile.offset + lane_receiver();
+    if (local && token) {
+      as_array(past, local->past[at][lane]), as_array(w, local->w[at][lane]);
     } else {
-      vs = load4(state.next_v + cell0 + offset), ws = load4(state.next_w + cell0 + offset);
+      as_array(v, load4((token ? state.next_v : state.v) + cell));
+      as_array(w, load4((token ? state.next_w : state.w) + cell));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) past[j] = past_of(v[j], w[j], spike_of(v[j]), alpha[j]);
     }
-    if (!Plain && call.resets && call.resets[row0 + i * kRows + lane_row() + c]) vs = ws = float4{0, 0, 0, 0};
-    float v[4] = {vs.x, vs.y, vs.z, vs.w}, w[4] = {ws.x, ws.y, ws.z, ws.w}, u[4], s[4];
+    if (!Plain && call.resets && call.resets[int64_t{token} * call.streams + stream]) {
+      as_array(past, float4{0, 0, 0, 0}), as_array(w, float4{0, 0, 0, 0});
+    }
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const float before = rounded<Real>(emit(v[j] - 1.0f, call.graded, call.max_spike));
-      const float leak = w[j] - alpha[j] * w[j];
-      v[j] = fmaf(alpha[j], v[j], fmaf(gain[j], sums[i].x[j][c], -leak)) - before;
+      v[j] = fmaf(gain[j], sums[i].x[j][c], past[j]);
       u[j] = v[j] - 1.0f;
-      s[j] = rounded<Real>(emit(u[j], call.graded, call.max_spike));
+      s[j] = spike_of(v[j]);
       w[j] = fmaf(rho[j], w[j], fmaf(a[j], v[j], b[j] * s[j]));
-      spoken[j] += u[j] > 0;
+      if (own(i, c)) spoken[j] += u[j] > 0;
     }
-    speak4(s_at + offset, {s[0], s[1], s[2], s[3]});
-    if (!Plain && region.emitted != region.s) {
-      const float4 mask = dropout_mask(call.dropout, tile.region, neuron, token, stream0 + i * kRows + lane_row() + c);
-      speak4(static_cast<Real*>(region.emitted) + first + offset,
-             {s[0] * mask.x, s[1] * mask.y, s[2] * mask.z, s[3] * mask.w});
-    }
-    store4(u_at + offset, {u[0], u[1], u[2], u[3]});
-    vs = {v[0], v[1], v[2], v[3]}, ws = {w[0], w[1], w[2], w[3]};
-    if (local && !last) {
-      local->v[i][c][lane] = vs, local->w[i][c][lane] = ws;
-    } else {
-      store4(state.next_v + cell0 + offset, vs);
-      store4(state.next_w + cell0 + offset, ws);
-    }
-    if (last) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (!(fabsf(v[j]) <= kLargestState && fabsf(w[j]) <= kLargestState)) sound = false;
+    if (own(i, c)) {
+      speak4(s_at + offset, {s[0], s[1], s[2], s[3]});
+      if (!Plain && tile.emitted != tile.s) {
+        const float4 mask = dropout_mask(call.dropout, tile.region, tile.offset + lane_receiver(), token, stream);
+        speak4(static_cast<Real*>(tile.emitted) + first + offset,
+               {s[0] * mask.x, s[1] * mask.y, s[2] * mask.z, s[3] * mask.w});
       }
+      store4(u_at + offset, {u[0], u[1], u[2], u[3]});
+    }
+    if (local && !last) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) past[j] = past_of(v[j], w[j], s[j], alpha[j]);
+      local->past[at][lane] = {past[0], past[1], past[2], past[3]};
+      local->w[at][lane] = {w[0], w[1], w[2], w[3]};
+    } else if (own(i, c)) {
+      store4(state.next_v + cell, {v[0], v[1], v[2], v[3]});
+      store4(state.next_w + cell, {w[0], w[1], w[2], w[3]});
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sound &= fabsf(v[j]) <= kLargestState && fabsf(w[j]) <= kLargestState;
     }
   });
   if (last && !sound) atomicOr(&call.verdict->state_not_finite, 1);
@@ -255,7 +268,8 @@ __device__ void run_tile(const BrainCall& call, const BrainTables<Real>& tables,
   for (int j = 0; j < 4; ++j) {  // whole numbers: exact in any order
     spoken[j] += __shfl_xor_sync(0xffffffffu, spoken[j], 1);
     spoken[j] += __shfl_xor_sync(0xffffffffu, spoken[j], 2);
-    if (lane % 4 == 0 && spoken[j]) atomicAdd(region.spike_count + neuron + j, spoken[j]);
+    if (lane % 4 == 0 && spoken[j])
+      atomicAdd(tables.regions[tile.region].spike_count + tile.offset + lane_receiver() + j, spoken[j]);
   }
 }
 

@@ -89,7 +89,7 @@ void CudaModel::stage_rows(const Input& x) {
     std::memcpy(room, x.data, bytes);
     copy_in(dx_, room, bytes);
   }
-  to_real(dx_, rows_ * spec_.dim, x_);
+  gather_rows(dx_, nullptr);
 }
 
 // From an array of the caller's, wherever it is, to memory of the model.

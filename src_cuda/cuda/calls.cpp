@@ -273,17 +273,16 @@ void CudaModel::capture() {
 void CudaModel::recorded(int index, float* u, float* s) const {
   const OnDevice scope(spec_.device);
   const RegionView& region = regions_[index];
-  const size_t count = static_cast<size_t>(rows_) * region.n;
+  const size_t row = kBlock * real_size(), panel = rows_ * row, panels = region.n / kBlock;
+  std::vector<char> raw(panels * panel);
   for (const auto& [from, to] : {std::pair(region.u, u), std::pair(region.s, s)}) {
-    if (!spec_.bf16) {
-      NG_CUDA(cudaMemcpy(to, from, count * sizeof(float), cudaMemcpyDeviceToHost));
-      continue;
-    }
-    std::vector<uint16_t> raw(count);
-    NG_CUDA(cudaMemcpy(raw.data(), from, count * sizeof(uint16_t), cudaMemcpyDeviceToHost));
-    for (size_t i = 0; i < count; ++i) {  // bf16 is the upper half of a float
-      const uint32_t bits = uint32_t{raw[i]} << 16;
-      std::memcpy(to + i, &bits, sizeof(bits));
+    NG_CUDA(cudaMemcpy2D(raw.data(), panel, from, region.stride * real_size(), panel, panels, cudaMemcpyDeviceToHost));
+    for (size_t i = 0; i < panels * rows_ * kBlock; ++i) {  // [n/32][M][32] -> [M, n]
+      const size_t neuron = i / (rows_ * kBlock) * kBlock + i % kBlock, at = i / kBlock % rows_ * region.n + neuron;
+      uint32_t bits = 0;  // a bf16 is the upper half of a float
+      std::memcpy(reinterpret_cast<char*>(&bits) + sizeof(bits) - real_size(), raw.data() + i * real_size(),
+                  real_size());
+      std::memcpy(to + at, &bits, sizeof(bits));
     }
   }
 }

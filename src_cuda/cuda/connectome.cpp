@@ -132,8 +132,8 @@ void CudaModel::build_lists() {
   // Terms of the brain launch by tile: gates, drives, delayed.
   std::vector<std::array<std::vector<Term>, 3>> brain(tiles_);
   std::map<const void*, std::vector<SourceGroup>> groups;  // by what they hear
-  const auto at = [&](const void* real, int64_t column) {
-    return static_cast<const char*>(real) + column * kBlock * real_size();
+  const auto at = [&](const void* panels, int64_t panel) {
+    return static_cast<const char*>(panels) + panel * panel_values() * real_size();
   };
   for (size_t i = 0; i < spec_.projections.size(); ++i) {
     const ProjectionSpec& p = spec_.projections[i];
@@ -143,23 +143,22 @@ void CudaModel::build_lists() {
                                   std::to_string(p.cols.size()));
     }
     const bool embedded = p.src == kFromEmbedding, spoken = p.dst == spec_.readout();
-    const int source_ld = spec_.width(p.src), error_ld = spec_.width(p.dst);
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t row = b / p.blocks_per_row, col = p.cols[b];
       if (col < 0 || col >= columns) {
         throw std::invalid_argument(p.key + ".cols: expected block columns in 0.." + std::to_string(columns - 1) +
                                     ", got " + std::to_string(col) + " at block " + std::to_string(b));
       }
-      const int32_t block = static_cast<int32_t>(first_block_[i] + b), column = static_cast<int32_t>(col * kBlock);
-      const Term forward{at(heard_by(p), col), source_ld, block, kStreamed, p.delay, p.src, column};
-      const Term backward{at(error_of(p), row), error_ld, block, kStreamed, 0, -1, 0};
+      const int32_t block = static_cast<int32_t>(first_block_[i] + b), panel = static_cast<int32_t>(col);
+      const Term forward{at(heard_by(p), col), block, kStreamed, p.delay, p.src, panel, 0};
+      const Term backward{at(error_of(p), row), block, kStreamed, 0, -1, 0, 0};
       std::vector<SourceGroup>& heard = groups[forward.source];
       if (heard.empty() || heard.back().count == kGroup) {
-        heard.push_back({forward.source, source_ld, embedded ? -1 : p.src, column, 0, 0, 0, {}});
+        heard.push_back({forward.source, embedded ? -1 : p.src, panel, 0, 0, {}});
       }
       SourceGroup& group = heard.back();
       group.longest_delay = std::max(group.longest_delay, p.delay);
-      group.jobs[group.count++] = {at(error_of(p), row), error_ld, p.delay, block, 0};
+      group.jobs[group.count++] = {at(error_of(p), row), p.delay, block};
       if (spoken) {
         hear.of[row].push_back(forward);
       } else {
@@ -198,7 +197,34 @@ void CudaModel::build_lists() {
   }
   upload(tile_names_, names);
   upload(region_views_, regions_);
+  const auto clear = [&](void* panels, int64_t width) {  // rows behind the last are read too
+    if (panels) NG_CUDA(cudaMemset(panels, 0, width / kBlock * panel_values() * real_size()));
+  };
+  for (const RegionView& region : regions_) {
+    for (void* panels : {region.u, region.s, region.emitted, region.d, region.g, region.delta}) clear(panels, region.n);
+  }
+  clear(x_, spec_.dim);
+  clear(readout_error_, spec_.dim);
   plan_launch(names, brain);
+}
+
+BrainTile CudaModel::brain_tile(const TileName& name) const {
+  const RegionView& region = regions_[name.region];
+  const int64_t panel = name.offset / kBlock;
+  const auto at = [&](void* panels) -> void* {
+    return panels ? static_cast<char*>(panels) + panel * panel_values() * real_size() : nullptr;
+  };
+  return {at(region.u),
+          at(region.s),
+          at(region.emitted),
+          at(region.d),
+          at(region.g),
+          region.constants + panel * 5 * kBlock,
+          name.region,
+          name.offset,
+          region.rank,
+          region.gated,
+          {}};
 }
 
 // Tiles go to blocks of threads, one block per multiprocessor, the costliest first to the least loaded. The weights of
@@ -254,7 +280,7 @@ void CudaModel::plan_launch(const std::vector<TileName>& names,
     share.resident_begin = static_cast<int32_t>(resident.size());
     int slot = 0;
     for (int tile : mine) {
-      BrainTile entry{names[tile].region, names[tile].offset, regions_[names[tile].region].rank, 0, {}};
+      BrainTile entry = brain_tile(names[tile]);
       for (int kind = 0; kind < 3; ++kind) {
         entry.terms[kind] = static_cast<int32_t>(terms.size()) - share.term_begin;
         for (Term term : brain[tile][kind]) {

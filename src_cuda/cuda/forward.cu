@@ -16,6 +16,7 @@ namespace {
 constexpr int kResidentTokens = 4;       // from so many tokens on it pays to load weights into shared memory
 constexpr int kGlobalStateStreams = 64;  // streams at a time where v and w do not fit shared memory
 constexpr int kWide = 256;
+constexpr int kWarps = kBrainThreads / 32;
 constexpr float kRmsEpsilon = 1e-5f;
 
 __device__ void copy_words(void* to, const void* from, size_t bytes) {
@@ -52,49 +53,58 @@ __device__ BrainTables<Real> fill_shared(const BrainCall& call, const Share& sha
   return out;
 }
 
-// Steps: a warp works on Steps * 8 streams at a time.
-template <class Real, int Steps, bool Plain>
+// Steps: a warp works on Steps * 8 streams at a time, of which a lane has Columns (1: there is one stream).
+template <class Real, int Steps, int Columns, bool Plain>
 __global__ void __launch_bounds__(kBrainThreads, 1) run_brain_kernel(BrainCall call) {
   extern __shared__ uint4 shared[];
   const int replica = blockIdx.x / call.base_grid, replicas = gridDim.x / call.base_grid;
   const Share share = call.shares[blockIdx.x % call.base_grid];
   const BrainTables<Real> tables = fill_shared<Real>(call, share, reinterpret_cast<char*>(shared));
-  auto* local = reinterpret_cast<LocalState<Steps>*>(reinterpret_cast<char*>(shared) + call.table_bytes +
-                                                     call.slots * kBlockArea * sizeof(Real));
+  using Local = LocalState<Steps * Columns>;
+  auto* local = reinterpret_cast<Local*>(reinterpret_cast<char*>(shared) + call.table_bytes +
+                                         call.slots * kBlockArea * sizeof(Real));
   const int ticks = call.tokens + call.levels - 1;
   for (int first = 0; first < call.streams; first += call.stream_group) {
     const int streams = min(call.stream_group, call.streams - first);
     const int chunks = (streams + Steps * kRows - 1) / (Steps * kRows);
     const int mine = (chunks - replica + replicas - 1) / replicas;  // chunks replica, replica + replicas, ...
     for (int tick = 0; tick < ticks; ++tick) {
-      for (int item = threadIdx.x / 32; item < share.tiles * mine; item += kBrainThreads / 32) {
-        const BrainTile& tile = tables.tiles[item % share.tiles];
+      // Items: chunk by chunk, tile by tile.
+      int at = threadIdx.x / 32, chunk = 0;
+      for (int item = at; item < share.tiles * mine; item += kWarps, at += kWarps) {
+        while (at >= share.tiles) at -= share.tiles, ++chunk;
+        const BrainTile& tile = tables.tiles[at];
         const int token = tick - tile.rank;
         if (token < 0 || token >= call.tokens) continue;
-        const int begin = (replica + item / share.tiles * replicas) * Steps * kRows;
-        run_tile<Real, Steps, Plain>(call, tables, tile, token, first + begin, min(streams - begin, Steps * kRows),
-                                     call.local_state ? local + item : nullptr);
+        const int begin = (replica + chunk * replicas) * Steps * kRows;
+        run_tile<Real, Steps, Columns, Plain>(call, tables, tile, token, first + begin,
+                                              min(streams - begin, Steps * kRows),
+                                              call.local_state ? local + item : nullptr);
       }
     }
   }
 }
 
 // Before the launch: every spike of the call becomes "not written yet", those of earlier calls become Real.
-// blockIdx.y: region.
+// blockIdx.x: tile.
 template <class Real>
-__global__ void hush_kernel(const RegionView* regions, const StateView* states, int64_t rows, int streams) {
-  const RegionView& region = regions[blockIdx.y];
-  const int64_t begin = int64_t{blockIdx.x} * blockDim.x + threadIdx.x, step = int64_t{gridDim.x} * blockDim.x;
-  const int64_t words = rows * region.n * sizeof(Real) / sizeof(uint4);
+__global__ void hush_kernel(const RegionView* regions, const StateView* states, const TileName* tiles, int64_t rows,
+                            int streams) {
+  const TileName tile = tiles[blockIdx.x];
+  const RegionView& region = regions[tile.region];
+  const int64_t panel = tile.offset / kBlock, begin = int64_t{blockIdx.y} * blockDim.x + threadIdx.x,
+                step = int64_t{gridDim.y} * blockDim.x, words = rows * kBlock * sizeof(Real) / sizeof(uint4);
   const uint4 silence = {~0u, ~0u, ~0u, ~0u};
-  for (int64_t i = begin; i < words; i += step) static_cast<uint4*>(region.s)[i] = silence;
-  for (int64_t i = begin; region.emitted != region.s && i < words; i += step) {
-    static_cast<uint4*>(region.emitted)[i] = silence;
+  for (void* spikes : {region.s, region.emitted}) {
+    auto* to = reinterpret_cast<uint4*>(static_cast<Real*>(spikes) + panel * region.stride);
+    for (int64_t i = begin; i < words; i += step) to[i] = silence;
+    if (region.emitted == region.s) break;
   }
-  const StateView& state = states[blockIdx.y];
-  const int64_t fours = int64_t{region.history} * streams * region.n / 4;
-  for (int64_t i = begin; i < fours; i += step) {
-    store4(static_cast<Real*>(state.recent) + 4 * i, load4(state.spikes + 4 * i));
+  const StateView& state = states[tile.region];
+  const int64_t carried = int64_t{region.history} * streams;  // rows
+  Real* recent = static_cast<Real*>(state.recent) + panel * carried * kBlock;
+  for (int64_t i = begin; i < carried * kBlock / 4; i += step) {
+    store4(recent + 4 * i, load4(state.spikes + i / 8 * region.n + tile.offset + i % 8 * 4));
   }
 }
 
@@ -105,10 +115,10 @@ struct StoreDrive {
   const TileName* tiles;
   __device__ auto open(int tile, int lane) const {
     const RegionView& region = regions[tiles[tile].region];
-    const int neuron = tiles[tile].offset + lane;
-    return [d = static_cast<Real*>(region.d) + neuron, n = int64_t{region.n}, bias = load4(region.bias + neuron)](
-               int64_t row, float4 sums) {
-      store4(d + row * n, {bias.x + sums.x, bias.y + sums.y, bias.z + sums.z, bias.w + sums.w});
+    const int offset = tiles[tile].offset;
+    return [d = static_cast<Real*>(region.d) + offset / kBlock * region.stride + lane,
+            bias = load4(region.bias + offset + lane)](int64_t row, float4 sums) {
+      store4(d + row * kBlock, {bias.x + sums.x, bias.y + sums.y, bias.z + sums.z, bias.w + sums.w});
     };
   }
 };
@@ -119,9 +129,9 @@ struct StoreGate {
   const TileName* tiles;
   __device__ auto open(int tile, int lane) const {
     const RegionView& region = regions[tiles[tile].region];
-    Real* g = region.gated ? static_cast<Real*>(region.g) + tiles[tile].offset + lane : nullptr;
-    return [g, n = int64_t{region.n}](int64_t row, float4 sums) {
-      if (g) store4(g + row * n, sums);
+    const int64_t panel = tiles[tile].offset / kBlock * region.stride;
+    return [g = region.gated ? static_cast<Real*>(region.g) + panel + lane : nullptr](int64_t row, float4 sums) {
+      if (g) store4(g + row * kBlock, sums);
     };
   }
 };
@@ -185,21 +195,20 @@ template <class Real>
 __global__ void count_spikes_kernel(const RegionView* regions, const TileName* tiles, int64_t rows) {
   const TileName tile = tiles[blockIdx.x];
   const RegionView& region = regions[tile.region];
-  const Real* u = static_cast<const Real*>(region.u) + tile.offset + threadIdx.x % 32;
+  const Real* u = static_cast<const Real*>(region.u) + tile.offset / kBlock * region.stride + threadIdx.x % 32;
   const int64_t warps = int64_t{gridDim.y} * blockDim.x / 32;
   int count = 0;
   for (int64_t row = (int64_t{blockIdx.y} * blockDim.x + threadIdx.x) / 32; row < rows; row += warps) {
-    count += to_float(u[row * region.n]) > 0;
+    count += to_float(u[row * kBlock]) > 0;
   }
   if (count) atomicAdd(region.spike_count + tile.offset + threadIdx.x % 32, count);
 }
 
-template <class Real>
-void* brain_kernel(int steps, bool plain) {
-  if (plain) {
-    return reinterpret_cast<void*>(steps == 1 ? &run_brain_kernel<Real, 1, true> : &run_brain_kernel<Real, 2, true>);
-  }
-  return reinterpret_cast<void*>(steps == 1 ? &run_brain_kernel<Real, 1, false> : &run_brain_kernel<Real, 2, false>);
+template <class Real, bool Plain>
+void* brain_kernel(const BrainShape& shape) {
+  return reinterpret_cast<void*>(shape.steps == 2     ? &run_brain_kernel<Real, 2, 2, Plain>
+                                 : shape.columns == 2 ? &run_brain_kernel<Real, 1, 2, Plain>
+                                                      : &run_brain_kernel<Real, 1, 1, Plain>);
 }
 
 }  // namespace
@@ -248,12 +257,15 @@ BrainShape CudaModel::brain_shape(int streams, int tokens) const {
     BrainShape shape{};
     shape.group = group;
     shape.steps = group <= kRows ? 1 : 2;
+    shape.columns = group == 1 ? 1 : 2;
     const int chunks = (group + shape.steps * kRows - 1) / (shape.steps * kRows);
     const int replicas = std::min(replicas_, chunks);
     shape.grid = base_grid_ * replicas;
     const int items = most_tiles_ * ((chunks + replicas - 1) / replicas);
-    const size_t item = shape.steps == 1 ? sizeof(LocalState<1>) : sizeof(LocalState<2>);
-    shape.local_bytes = items * item;
+    const int cells = shape.steps * shape.columns;
+    shape.local_bytes = items * (cells == 1   ? sizeof(LocalState<1>)
+                                 : cells == 2 ? sizeof(LocalState<2>)
+                                              : sizeof(LocalState<4>));
     return shape;
   };
   constexpr int kUnitStreams = 2 * kRows;
@@ -297,18 +309,18 @@ void CudaModel::run_brain() {
                  static_cast<int>(table_bytes_),
                  shape.slots,
                  shape.local_bytes > 0,
-                 spec_.graded,
-                 spec_.max_spike,
+                 spec_.graded ? spec_.max_spike : 1.0f,
                  dropout()};
-  const dim3 hush_grid(std::clamp<int>(static_cast<int>(rows_), 8, 512), static_cast<unsigned>(regions_.size()));
+  const dim3 hush_grid(tiles_, static_cast<unsigned>(std::clamp<int64_t>(rows_ / kWide, 1, 64)));
   with_real(spec_.bf16, [&](auto real) {
     hush_kernel<decltype(real)>
-        <<<hush_grid, kWide, 0, stream_.get()>>>(region_views_, active_->views(), rows_, call_streams_);
+        <<<hush_grid, kWide, 0, stream_.get()>>>(region_views_, active_->views(), tile_names_, rows_, call_streams_);
   });
   launched();
   NG_CUDA(cudaMemsetAsync(spike_counts_, 0, sizeof(int) * total_neurons(), stream_.get()));
   const bool plain = !has_resets_ && spec_.dropout == 0;
-  void* kernel = spec_.bf16 ? brain_kernel<bf16>(shape.steps, plain) : brain_kernel<float>(shape.steps, plain);
+  void* kernel = spec_.bf16 ? (plain ? brain_kernel<bf16, true>(shape) : brain_kernel<bf16, false>(shape))
+                            : (plain ? brain_kernel<float, true>(shape) : brain_kernel<float, false>(shape));
   NG_CUDA(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes)));
   void* arguments[] = {&call};

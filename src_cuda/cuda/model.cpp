@@ -108,9 +108,7 @@ void CudaModel::lay_out_parameters() {
     region.rho = constant(prefix + ".rho", region.n);
     region.a = constant(prefix + ".a", region.n);
     region.b = constant(prefix + ".b", region.n);
-    for (float** derived : {&region.gain, &region.scaled_a, &region.scaled_b}) {
-      *derived = arena_.take<float>("parameters", region.n);
-    }
+    region.constants = arena_.take<float>("parameters", int64_t{5} * region.n);
   }
   for (size_t p = 0; p < spec_.projections.size(); ++p) {
     const int64_t blocks = first_block_[p + 1] - first_block_[p];
@@ -128,13 +126,13 @@ void CudaModel::lay_out_workspace() {
   const char *part = "workspace", *saved = "saved activations";
   const int64_t rows = capacity_, dim = spec_.dim;
   for (RegionView& region : regions_) {
-    const int64_t cells = rows * region.n;
-    region.u = take_real(saved, cells);
-    region.s = take_real(saved, cells);
-    region.emitted = spec_.dropout > 0 ? take_real(saved, cells) : region.s;
-    region.d = take_real(saved, cells);
-    region.g = region.gated ? take_real(saved, cells) : nullptr;
-    region.delta = region.gated ? take_real(saved, cells) : region.d;
+    region.stride = panel_values();
+    region.u = take_panels(saved, region.n);
+    region.s = take_panels(saved, region.n);
+    region.emitted = spec_.dropout > 0 ? take_panels(saved, region.n) : region.s;
+    region.d = take_panels(saved, region.n);
+    region.g = region.gated ? take_panels(saved, region.n) : nullptr;
+    region.delta = region.gated ? take_panels(saved, region.n) : region.d;
     region.dbias_part = arena_.take<float>(part, int64_t{spec_.streams} * region.n);
   }
   spike_counts_ = arena_.take<int>(part, total_neurons());
@@ -155,14 +153,14 @@ void CudaModel::lay_out_workspace() {
   resets_ = arena_.take<uint8_t>(part, rows);
   age_ = arena_.take<int32_t>(part, rows);
 
-  x_ = take_real(part, rows * dim);
+  x_ = take_panels(part, dim);
   dx_ = arena_.take<float>(part, rows * dim);
   o_ = arena_.take<float>(part, rows * dim);
   broca_ = arena_.take<float>(part, rows * dim);
   broca_real_ = take_real(part, rows * dim);
   inverse_rms_ = arena_.take<float>(part, rows);
   d_broca_ = arena_.take<float>(part, rows * dim);
-  readout_error_ = take_real(part, rows * dim);
+  readout_error_ = take_panels(part, dim);
   row_loss_ = arena_.take<float>(part, rows);
   row_best_ = arena_.take<int32_t>(part, rows);
 

@@ -2,8 +2,10 @@
 // brain launch, readout) -> decoder.cu (loss) -> backward.cu (batched e-prop) -> weights.cu and embedding.cu
 // (gradients) -> optimizer.cu (AdamW) -> tokens.cu commit(), all on one stream, and then waits once (finish()).
 //
-// Layout: activations of a region are [M, n], M = T*S rows, row = t*S + b, in Real (numbers.cuh). Weights are 32 x 32
-// blocks, numbered across all projections, and block_product.cuh says how a warp multiplies by one.
+// Layout: what a call keeps per neuron lies in panels of 32 neurons, [n/32][M + kSpareRows][32] in Real (numbers.cuh),
+// M = T*S rows, row = t*S + b; so do the embedding's rows and the readout's errors. A tile of 32 neurons is the unit of
+// work everywhere, and its rows are contiguous. Weights are 32 x 32 blocks, numbered across all projections;
+// block_product.cuh says how a warp multiplies by one.
 // Decisions that depend on results (is the loss finite? is an id in range?) are flags in `Verdict`, device memory: the
 // optimizer and commit() look there, the host reads them at the end of the call.
 // Sums have one order for given sizes: no float atomics, and no order that depends on how streams are grouped.
@@ -29,12 +31,14 @@ inline bool on_host(const Output& out) { return out.data && !out.device; }
 
 // How one brain launch runs its streams.
 struct BrainShape {
-  int group, steps, grid, slots;  // streams at a time, of a warp in units of kRows, blocks of threads, resident blocks
+  int group, steps, columns;         // streams at a time, of a warp in units of kRows, of a lane in each of those
+  int grid, slots;                   // blocks of threads, resident blocks of weights
   size_t local_bytes, shared_bytes;  // of v, w and counts (0: they stay in global memory), and in all
 };
 
 constexpr int kUnit = kBlockArea;   // values that the optimizer takes at a time
 constexpr int kBrainThreads = 512;  // of a block of the brain launch
+constexpr int kSpareRows = 16;      // behind every panel: readable, of no meaning
 constexpr int kNormBlocks = 1056;   // blocks that share the gradient's norm: fixed, so that its bits are
 constexpr int kSegmentRows = 32;    // sorted rows that a block of threads adds up (embedding.cu)
 constexpr size_t kBlasWorkspace = size_t{32} << 20;
@@ -45,26 +49,27 @@ struct RegionView {
   int32_t history;     // K
   int32_t first_tile;  // number of its first tile among all regions' tiles
   int32_t reserved;
+  int64_t stride;                           // values from a panel to the next
   const float *bias, *alpha, *rho, *a, *b;  // [n]
-  float *gain, *scaled_a, *scaled_b;        // [n] sqrt(1-alpha^2), (1-rho) a, (1-rho) b
-  void *u, *s, *emitted;                    // Real [M, n]; emitted = s through dropout (s itself without)
-  void *d, *g;                // Real [M, n]; g only where gated. Forward: drive and G; backward: dg and dd
-  void* delta;                // Real [M, n]: L, then dE/dI; shares d where there is no gate
-  int* spike_count;           // [n] spikes of this call
-  float *dbias, *dbias_part;  // [n], [B, n]
+  float* constants;                         // [n/32][5][32] alpha, sqrt(1-alpha^2), rho, (1-rho) a, (1-rho) b
+  void *u, *s, *emitted;                    // panels; emitted = s through dropout (s itself without)
+  void *d, *g;                              // panels; g only where gated. Forward: drive and G; backward: dg and dd
+  void* delta;                              // panels: L, then dE/dI; shares d where there is no gate
+  int* spike_count;                         // [n] spikes of this call
+  float *dbias, *dbias_part;                // [n], [B, n]
 };
 
 // One 32 x 32 block of a sum: block * (32 columns of source), for a warp's rows.
 constexpr int kStreamed = 1 << 30;
 
 struct Term {
-  const void* source;  // Real, row 0, first of the 32 columns
-  int32_t ld;          // its row length
+  const void* source;  // row 0 of a panel
   int32_t block;       // number of the weight block
   int32_t slot;        // brain launch: where in shared memory it may stay, kStreamed = nowhere
   int32_t delay;       // rows of source are read `delay` tokens back; 0 for everything outside the brain launch
   int32_t region;      // source region (delayed terms: its carried spikes)
-  int32_t column;      // first of the 32 columns
+  int32_t panel;       // of that region
+  int32_t reserved;
 };
 
 // Terms of consecutive receivers (tiles of 32): receiver i has terms[begin[i] .. begin[i + 1]).
@@ -81,7 +86,9 @@ struct TileName {
 // The same for the brain launch, in the order of shares. Its terms, counted from the share's first: gates
 // [terms[0], terms[1]), drives [terms[1], terms[2]), delayed [terms[2], terms[3]).
 struct BrainTile {
-  int32_t region, offset, rank, reserved;
+  void *u, *s, *emitted, *d, *g;  // row 0 of its panels
+  const float* constants;         // [5][32]
+  int32_t region, offset, rank, gated;
   int32_t terms[4];
 };
 
@@ -92,20 +99,18 @@ struct Share {
 
 // One weight block for the weight-gradient kernel.
 struct BlockJob {
-  const void* error;  // Real, row 0, first of 32 receivers
-  int32_t ld;         // its row length
+  const void* error;  // row 0 of the receivers' panel
   int32_t delay;
-  int32_t block, reserved;
+  int32_t block;
 };
 
 // Blocks that hear the same 32 sources.
 constexpr int kGroup = 8;
 struct SourceGroup {
-  const void* source;      // Real, row 0, first of the 32
-  int32_t ld;              // its row length
-  int32_t region, column;  // their carried spikes, where longest_delay > 0
+  const void* source;     // row 0 of a panel
+  int32_t region, panel;  // their carried spikes, where longest_delay > 0
   int32_t longest_delay;
-  int32_t count, reserved;
+  int32_t count;
   BlockJob jobs[kGroup];
 };
 
@@ -184,12 +189,15 @@ class CudaModel final : public Model {
   float* parameter(const std::string& key, std::vector<int64_t> shape, bool trainable, bool decay);
   size_t real_size() const { return spec_.bf16 ? 2 : 4; }
   void* take_real(const char* part, int64_t count) { return arena_.take<char>(part, count * real_size()); }
+  int64_t panel_values() const { return (capacity_ + kSpareRows) * kBlock; }
+  void* take_panels(const char* part, int64_t width) { return take_real(part, width / kBlock * panel_values()); }
 
   // connectome.cpp: the lists of terms, tiles and jobs
   int64_t most_groups() const;
   const void* error_of(const ProjectionSpec& p) const;
   const void* heard_by(const ProjectionSpec& p) const;
   void build_lists();
+  BrainTile brain_tile(const TileName& name) const;
   void plan_launch(const std::vector<TileName>& names, const std::vector<std::array<std::vector<Term>, 3>>& brain);
   template <class T>
   void upload(T* to, const std::vector<T>& from);
@@ -201,7 +209,8 @@ class CudaModel final : public Model {
   void stage(CudaState& state, const Tokens& tokens);
   void stage_ids(const Input& ids);
   void stage_targets(const Targets& targets);
-  void gather_rows();                              // x_ = embedding rows of the staged ids
+  void gather_rows();  // x_ = embedding rows of the staged ids
+  void gather_rows(const float* table, const int32_t* ids);
   void summarize(const Output& predictions);       // Verdict: loss, rates, homeostasis, ok
   void judge(bool with_losses);                    // Verdict of a call that does not learn
   void commit();                                   // where ok
@@ -354,14 +363,14 @@ class CudaModel final : public Model {
   int32_t* age_ = nullptr;  // [M] tokens since the stream's last reset in this call, large without one
   std::vector<double> rates_;
 
-  void* x_ = nullptr;              // Real [M, D]
+  void* x_ = nullptr;              // Real, panels
   float* dx_ = nullptr;            // [M, D]
   float* o_ = nullptr;             // [M, D] summed readout input, then o in place
   float* broca_ = nullptr;         // [M, D]
   void* broca_real_ = nullptr;     // Real [M, D]
   float* inverse_rms_ = nullptr;   // [M]
   float* d_broca_ = nullptr;       // [M, D] dE/d broca, then dE/d o in place
-  void* readout_error_ = nullptr;  // Real [M, D] dE/d(summed readout input)
+  void* readout_error_ = nullptr;  // Real, panels: dE/d(summed readout input)
   float* row_loss_ = nullptr;      // [M]
   int32_t* row_best_ = nullptr;    // [M]
 

@@ -139,9 +139,13 @@ __global__ void derive_constants_kernel(const RegionView* regions) {
   const RegionView& region = regions[blockIdx.y];
   const int j = blockIdx.x * blockDim.x + threadIdx.x;
   if (j >= region.n) return;
-  region.gain[j] = sqrtf(1.0f - region.alpha[j] * region.alpha[j]);
-  region.scaled_a[j] = (1.0f - region.rho[j]) * region.a[j];
-  region.scaled_b[j] = (1.0f - region.rho[j]) * region.b[j];
+  const float alpha = region.alpha[j], rho = region.rho[j];
+  float* to = region.constants + j / kBlock * 5 * kBlock + j % kBlock;
+  to[0] = alpha;
+  to[kBlock] = sqrtf(1.0f - alpha * alpha);
+  to[2 * kBlock] = rho;
+  to[3 * kBlock] = (1.0f - rho) * region.a[j];
+  to[4 * kBlock] = (1.0f - rho) * region.b[j];
 }
 
 template <class Real>

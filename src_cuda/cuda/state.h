@@ -14,7 +14,7 @@ namespace neurogen::cuda {
 struct StateView {
   float *v, *w, *next_v, *next_w;  // [S, n]
   float* spikes;                   // [K, S, n], newest first
-  void* recent;                    // the same in Real, renewed at the beginning of a call
+  void* recent;                    // the same in Real, [n/32][K, S][32], renewed at the beginning of a call
 };
 
 class CudaState final : public State {

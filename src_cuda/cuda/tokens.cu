@@ -61,10 +61,14 @@ __global__ void sum_weights_kernel(const float* weights, int64_t rows, bool magn
   if (threadIdx.x == 0) verdict->divisor = given >= 0 ? given : sum;
 }
 
+// Row i of the panels = row ids[i] of the table; its row i without ids.
 template <class Real>
-__global__ void gather_rows_kernel(const float* table, const int32_t* ids, int64_t dim, Real* out) {
-  const float* from = table + ids[blockIdx.x] * dim;
-  for (int64_t j = 4 * threadIdx.x; j < dim; j += 4 * blockDim.x) store4(out + blockIdx.x * dim + j, load4(from + j));
+__global__ void gather_rows_kernel(const float* table, const int32_t* ids, int64_t dim, int64_t stride, Real* out) {
+  const int64_t row = blockIdx.x;
+  const float* from = table + (ids ? ids[row] : row) * dim;
+  for (int64_t j = 4 * threadIdx.x; j < dim; j += 4 * blockDim.x) {
+    store4(out + j / kBlock * stride + row * kBlock + j % kBlock, load4(from + j));
+  }
 }
 
 // Per region: [mean rate, mean squared distance of a neuron's rate to its target].
@@ -177,15 +181,16 @@ __global__ void commit_kernel(Commit p, int region_count) {
   const RegionView region = p.regions[blockIdx.y];
   const StateView state = p.states[blockIdx.y];
   const int64_t cells = int64_t{p.streams} * region.n;
-  const Real* s = static_cast<const Real*>(region.s);
   for (int64_t i = begin; i < cells; i += step) {
+    const int64_t stream = i / region.n, neuron = i % region.n;
+    const Real* s = static_cast<const Real*>(region.s) + neuron / kBlock * region.stride + neuron % kBlock;
     state.v[i] = state.next_v[i];
     state.w[i] = state.next_w[i];
-    const int age = p.age ? p.age[int64_t{p.tokens - 1} * p.streams + i / region.n] : INT_MAX;
+    const int age = p.age ? p.age[int64_t{p.tokens - 1} * p.streams + stream] : INT_MAX;
     // From the oldest spike down: what moves up is read before it is overwritten.
     for (int k = region.history - 1; k >= 0; --k) {
-      float spike =
-          k < p.tokens ? to_float(s[(p.tokens - 1 - k) * cells + i]) : state.spikes[(k - p.tokens) * cells + i];
+      float spike = k < p.tokens ? to_float(s[(int64_t{p.tokens - 1 - k} * p.streams + stream) * kBlock])
+                                 : state.spikes[(k - p.tokens) * cells + i];
       state.spikes[k * cells + i] = age < k ? 0.0f : spike;
     }
   }
@@ -243,10 +248,12 @@ void CudaModel::stage_ids(const Input& ids) {
   launched();
 }
 
-void CudaModel::gather_rows() {
+void CudaModel::gather_rows() { gather_rows(embedding_, ids_); }
+
+void CudaModel::gather_rows(const float* table, const int32_t* ids) {
   with_real(spec_.bf16, [&](auto real) {
-    gather_rows_kernel<<<static_cast<int>(rows_), 128, 0, stream_.get()>>>(embedding_, ids_, int64_t{spec_.dim},
-                                                                           static_cast<decltype(real)*>(x_));
+    gather_rows_kernel<<<static_cast<int>(rows_), 128, 0, stream_.get()>>>(
+        table, ids, int64_t{spec_.dim}, panel_values(), static_cast<decltype(real)*>(x_));
   });
   launched();
 }

@@ -15,6 +15,7 @@ constexpr int kPieceBytes = 4096;  // of 32 columns: 64 rows of bf16, 32 of floa
 
 struct Gradients {
   const SourceGroup* groups;
+  const RegionView* regions;
   const StateView* states;
   const int32_t* age;  // null = no resets
   float* out;          // [blocks, 32, 32]
@@ -131,10 +132,11 @@ __global__ void __launch_bounds__(kGroup * 32) multiply_errors_kernel(Gradients 
     if (threadIdx.x < kPieceParts) {
       const int row = threadIdx.x / kParts, part = threadIdx.x % kParts;
       const int64_t from = first + row;
-      const Real* at = static_cast<const Real*>(group.source) + from * group.ld;
-      if (from < 0) {  // history [K, S, n], newest token first, streams in order
+      const Real* at = static_cast<const Real*>(group.source) + from * kBlock;
+      if (from < 0) {  // carried: [K, S] rows, newest token first, streams in order
         const int64_t back = -1 - from, old = back / p.streams * p.streams + (p.streams - 1 - back % p.streams);
-        at = static_cast<const Real*>(p.states[group.region].recent) + old * group.ld + group.column;
+        const int64_t panel = int64_t{group.panel} * p.regions[group.region].history * p.streams;
+        at = static_cast<const Real*>(p.states[group.region].recent) + (panel + old) * kBlock;
       }
       const bool there = from < p.rows;
       __pipeline_memcpy_async(buffer(piece, 0) + BlockSum<Real>::slot(row, part),
@@ -147,7 +149,7 @@ __global__ void __launch_bounds__(kGroup * 32) multiply_errors_kernel(Gradients 
       const int64_t at = first + row + shift;
       bool there = at >= 0 && at < p.rows;
       if (there && p.age && job.delay) there = p.age[at] >= job.delay;
-      const Real* from = static_cast<const Real*>(job.error) + (there ? at * job.ld : 0);
+      const Real* from = static_cast<const Real*>(job.error) + (there ? at * kBlock : 0);
       __pipeline_memcpy_async(buffer(piece, 1 + warp) + BlockSum<Real>::slot(row, part),
                               reinterpret_cast<const uint4*>(from) + part, 16, there ? 0 : 16);
     }
@@ -181,8 +183,8 @@ __global__ void __launch_bounds__(kGroup * 32) multiply_errors_kernel(Gradients 
 void CudaModel::weight_gradients(bool accumulate) {
   if (!group_count_) return;
   constexpr int kShared = 2 * (1 + kGroup) * kPieceBytes;
-  const Gradients job{groups_,       active_->views(), has_resets_ ? age_ : nullptr, gradients_, rows_,
-                      call_streams_, accumulate};
+  const Gradients job{groups_,    region_views_, active_->views(), has_resets_ ? age_ : nullptr,
+                      gradients_, rows_,         call_streams_,    accumulate};
   with_real(spec_.bf16, [&](auto real) {
     const auto kernel = multiply_errors_kernel<decltype(real)>;
     NG_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +33,7 @@ def test_the_library_is_the_one_with_sanitizers():
 
 
 def test_reading_one_value_too_many_ends_the_process():
-    done = subprocess.run([sys.executable, "-c", BEYOND], capture_output=True, text=True)
+    here = Path(__file__).parent  # not where the package's own folder would be found first
+    done = subprocess.run([sys.executable, "-c", BEYOND], capture_output=True, text=True, cwd=here)
     assert done.stdout == "inside\n" and done.returncode != 0
     assert "AddressSanitizer: use-after-poison" in done.stderr

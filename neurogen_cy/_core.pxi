@@ -37,7 +37,7 @@ cdef class Core:
     cdef int enter(self) except -1:
         if ON_DEVICE and self.process != getpid():
             raise RuntimeError(f"this model was made by process {self.process}, and this is process {getpid()}, forked "
-                               "from it: CUDA does not live through a fork; use multiprocessing's 'spawn' or 'forkserver'")
+                               "from it: CUDA does not live through a fork; start processes by 'spawn' or 'forkserver'")
         # The GIL is held here, so looking and setting cannot be split by another thread.
         if self.busy:
             raise RuntimeError("this model is in use by another thread: a model serves one thread at a time")

@@ -57,7 +57,7 @@ class AdamW:
 
     def __post_init__(self) -> None:
         if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
-            raise TypeError(f"betas: expected a pair of numbers, got {self.betas!r}")
+            raise TypeError(f"betas: expected a pair of numbers, got {shown(self.betas)}")
         values = {name: _number(name, getattr(self, name)) for name in ("lr", "eps", "weight_decay", "clip")}
         if values["eps"] < FLOAT_TINY:  # where it rounds to 0, a gradient of 0 makes 0 / 0
             raise ValueError(f"eps: expected a number > 0, at least {FLOAT_TINY:.3g}, got {values['eps']:g}")

@@ -107,6 +107,7 @@ SEALED = {
     "nonfinite": (set_fact("nonfinite", value=[]), r"nonfinite: expected 'raise' or 'skip', got \[\]"),
     "lr": (set_fact("optimizer", "lr", value=-1), "lr: expected a finite number >= 0, got -1"),
     "optimizer": (set_fact("optimizer", value=None), "does not describe a model"),
+    "betas": (set_fact("optimizer", "betas", value="a" * 10**5), "betas: expected a pair of numbers, got .{0,300}$"),
     "config": (set_fact("config", "dim", value=33), "dim: expected a multiple of 32 from 32 to 2147483647, got 33"),
     "a long value": (set_fact("config", "dim", value="a" * 10**6), "dim: expected a multiple of 32 .{0,300}$"),
 }

@@ -8,7 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / "build" / "native"  # pip compiles in a new temporary folder each time: objects would never be kept
+SANITIZERS = os.environ.get("NEUROGEN_SANITIZE", "")  # for gcc's -fsanitize, as in "address,undefined"
+# pip compiles in a new temporary folder each time: objects would never be kept.
+FOLDER = ROOT / "build" / "-".join(["native", *filter(None, SANITIZERS.split(","))])
 SOURCES = Path("src_cuda")
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
              "-ffp-contract=fast", "-Wall", "-Wextra"]
@@ -16,8 +18,13 @@ INCLUDES = [f"-I{SOURCES / 'include'}", f"-I{SOURCES / 'common'}"]
 
 
 def extra_flags(name: str) -> list[str]:
-    """CXXFLAGS and LDFLAGS of the environment come last (sanitizers, debugging)."""
-    return shlex.split(os.environ.get(name, ""))
+    """CXXFLAGS and LDFLAGS of the environment come last, and the flags of NEUROGEN_SANITIZE with them."""
+    flags = shlex.split(os.environ.get(name, ""))
+    if SANITIZERS:
+        flags.append(f"-fsanitize={SANITIZERS}")
+        if name == "CXXFLAGS":
+            flags += ["-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1", "-O1"]
+    return flags
 
 
 def cxx_command() -> list[str]:

@@ -1,6 +1,8 @@
 # What a model holds: parameters, gradients, moments. All copies to and from it go through Model::read and write, so
 # that it does not matter where its memory is.
 
+from posix.unistd cimport getpid
+
 from neurogen_cy._neurogen cimport Counters, Model, Tensor, int32_t, uint64_t, unique_ptr, vector
 
 
@@ -13,6 +15,7 @@ cdef class Core:
     cdef readonly int streams, max_tokens, device
     cdef dict topology
     cdef bint busy
+    cdef int process      # that made the model
     cdef bint shown       # another library has seen device memory of this model
     cdef list lent        # (mark, [array, ..]) of calls that did not wait, the oldest first
     cdef uint64_t marked  # the last mark made
@@ -23,13 +26,19 @@ cdef class Core:
                   str precision, str sync):
         self.config, self.topology = cfg, topology
         self.streams, self.max_tokens, self.device, self.lent = streams, max_tokens, device, []
+        self.process = getpid()
         self.model.reset(make_model(make_spec(cfg, topology, streams, max_tokens, threads, seed, device, precision,
                                               sync)))
 
     def __dealloc__(self):
+        if ON_DEVICE and self.process != getpid():
+            self.model.release()  # a forked child has no driver to give memory back to
         self.model.reset()  # waits for the work that `lent` is kept for
 
     cdef int enter(self) except -1:
+        if ON_DEVICE and self.process != getpid():
+            raise RuntimeError(f"this model was made by process {self.process}, and this is process {getpid()}, forked "
+                               "from it: CUDA does not live through a fork; start processes by 'spawn' or 'forkserver'")
         # The GIL is held here, so looking and setting cannot be split by another thread.
         if self.busy:
             raise RuntimeError("this model is in use by another thread: a model serves one thread at a time")

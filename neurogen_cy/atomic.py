@@ -26,7 +26,8 @@ def replace(directory: Path, fill: Callable[[Path], None]) -> None:
     Raises
     ------
     OSError
-        If writing or renaming fails; what was there stays, and what was written is removed.
+        If writing or renaming fails; what was there stays, and what was written is removed. If only the very last
+        step fails, syncing the parent, both are there: the new one in its place, the former as `old(directory)`.
     """
     former = old(directory)
     fresh = directory.with_name(f".{directory.name}.tmp-{os.getpid()}")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import os
 from types import ModuleType
 
 NAMES = ("cuda", "cpu")  # in the order in which "auto" prefers them
+_started: set[str] = set()
+_FORKED: dict[str, str] = {}  # {backend: why this child of a fork cannot use it}
 
 
 def _import(name: str) -> tuple[ModuleType | None, str | None]:
@@ -23,8 +26,21 @@ def _import(name: str) -> tuple[ModuleType | None, str | None]:
 def _usable(name: str) -> tuple[ModuleType | None, str | None]:
     """(extension module, None) or (None, why no model can be made with it here)."""
     module, reason = _import(name)
-    reason = reason if module is None else module.unavailable()
+    reason = reason if module is None else _FORKED.get(name) or module.unavailable()
+    if reason is None:
+        _started.add(name)
     return (module, None) if reason is None else (None, reason)
+
+
+def _after_fork() -> None:
+    if "cuda" in _started:
+        _FORKED["cuda"] = (
+            "this process was forked from one that had started CUDA, which does not live through a fork; use "
+            "multiprocessing's 'spawn' or 'forkserver' start method"
+        )
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def available() -> dict[str, str | None]:

@@ -1,4 +1,4 @@
-"""The command line `neurogen`: train, eval, generate, chat, plot, tokenizer, info, diagnose."""
+"""The command line `neurogen`: train, eval, generate, chat, plot, tokenizer, info, diagnose, selftest."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from neurogen_cy.cli_eval import evaluate
 from neurogen_cy.cli_generate import generate
 from neurogen_cy.cli_info import info
 from neurogen_cy.cli_plot import plot
+from neurogen_cy.cli_selftest import command as selftest
 from neurogen_cy.cli_tokenizer import tokenizer
 from neurogen_cy.cli_train import train
 
@@ -29,3 +30,4 @@ main.add_command(plot)
 main.add_command(tokenizer)
 main.add_command(info)
 main.add_command(diagnose)
+main.add_command(selftest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import re
 import sys
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from neurogen_cy.connectome import BLOCK, check_connectome
+from neurogen_cy.shown import shown
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -28,6 +30,7 @@ _INTEGERS = (int, np.integer)
 _NUMBERS = (int, float, np.integer, np.floating)
 _SEQUENCES = (tuple, list)
 _LISTS = ("regions", "projections")
+_TOML_BYTES, _TOML_LINE = 1 << 18, 4096  # parsing takes quadratic time in the length of a dotted key
 _Rule = Callable[[Any], bool]
 _T = TypeVar("_T", "Region", "Projection", "Config")
 
@@ -36,7 +39,7 @@ def _check(where: str, value: Any, kinds: Any, expected: str, ok: _Rule | None =
     """The value; TypeError unless of `kinds` (a bool is no number), ValueError unless it is `ok`."""
     kind_ok = isinstance(value, kinds) and not (isinstance(value, bool) and kinds in (_INTEGERS, _NUMBERS))
     if not kind_ok or (ok is not None and not ok(value)):
-        raise (ValueError if kind_ok else TypeError)(f"{where}: expected {expected}, got {value!r}")
+        raise (ValueError if kind_ok else TypeError)(f"{where}: expected {expected}, got {shown(value)}")
     return value
 
 
@@ -72,10 +75,10 @@ def _from_table(where: str, table: Any, kind: type[_T]) -> _T:
     known = {field.name: field.default is MISSING for field in fields(kind)}
     for name in table:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
-            raise ValueError(f"{where}: unknown key {name!r} for {kind.__name__}, the nearest is {near!r}")
+            near = difflib.get_close_matches(str(name)[:100], known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"{where}: unknown key {shown(name)} for {kind.__name__}, the nearest is {near!r}")
     if missing := [name for name, required in known.items() if required and name not in table]:
-        raise ValueError(f"{where}: expected the field {missing[0]!r}, got only {list(table)}")
+        raise ValueError(f"{where}: expected the field {missing[0]!r}, got only {shown(list(table))}")
     return kind(**table)
 
 
@@ -100,7 +103,7 @@ class Region:
     def __post_init__(self) -> None:
         rule = f"{_NAME.pattern} and neither {' nor '.join(RESERVED_NAMES)}"
         valid = lambda name: name not in RESERVED_NAMES and _NAME.fullmatch(name) is not None
-        where = f"region {_check('region name', self.name, str, rule, valid)!r}: "
+        where = f"region {shown(_check('region name', self.name, str, rule, valid))}: "
         neurons = _integer(where + "neurons", self.neurons, BLOCK, BLOCK)
         level, bias = _integer(where + "level", self.level, 0), _number(where + "bias", self.bias)
         pairs = ("tau", "tau_adapt", "a", "b")
@@ -139,7 +142,9 @@ class Projection:
         self.__dict__.update(delay=delay, density=density, gain=gain)
 
     def __str__(self) -> str:
-        return f"{self.src} -> {self.dst} ({self.kind}, delay {self.delay})"
+        values = (self.src, self.dst, self.kind, self.delay)  # not yet checked when a message names them
+        src, dst, kind, delay = ((value if isinstance(value, str) else shown(value))[:100] for value in values)
+        return f"{src} -> {dst} ({kind}, delay {delay})"
 
 
 @dataclass(frozen=True)
@@ -223,14 +228,37 @@ class Config:
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Config:
-        """The inverse of `to_toml`, exact to the last bit of every number."""
-        return cls.from_dict(tomllib.loads(Path(path).read_text(encoding="utf-8")))
+        """The inverse of `to_toml`, exact to the last bit of every number.
+
+        Raises
+        ------
+        TypeError, ValueError
+            The message names the file or the field, expected and got.
+        OSError
+            If the file cannot be read.
+        """
+        with Path(path).open("rb") as file:
+            data = file.read(_TOML_BYTES + 1)
+        if len(data) > _TOML_BYTES:
+            raise ValueError(f"{path}: expected a configuration of at most {_TOML_BYTES} bytes, got more")
+        try:
+            text = data.decode("utf-8")
+            if (longest := max(map(len, text.splitlines()), default=0)) > _TOML_LINE:
+                raise ValueError(f"expected lines of at most {_TOML_LINE} characters, got one of {longest}")
+            table = tomllib.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: expected a configuration in TOML, got: {error}") from error
+        return cls.from_dict(table)
 
     def region(self, name: str) -> Region:
         """The region of that name; ValueError when there is none."""
-        names = [region.name for region in self.regions]
-        _check("region", name, str, f"one of {', '.join(names)}", lambda name: name in names)
-        return self.regions[names.index(name)]
+        if not isinstance(name, str) or name not in self._regions:
+            _check("region", name, str, f"one of {', '.join(self._regions)}", lambda name: False)
+        return self._regions[name]
+
+    @functools.cached_property
+    def _regions(self) -> dict[str, Region]:
+        return {region.name: region for region in self.regions}
 
     def width(self, name: str) -> int:
         """Length of the vector at one end of a projection: `dim` or the region's neurons."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,10 +24,9 @@ def check_connectome(cfg: Config) -> None:
     """
     if not cfg.regions:
         raise ValueError("regions: expected at least one Region, got none")
-    names = [region.name for region in cfg.regions]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"regions: expected unique names, got {name!r} {names.count(name)} times")
+    for name, count in Counter(region.name for region in cfg.regions).items():
+        if count > 1:
+            raise ValueError(f"regions: expected unique names, got {name!r} {count} times")
     levels = {region.name: region.level for region in cfg.regions}
     seen: set[str] = set()
     for projection in cfg.projections:
@@ -34,7 +34,7 @@ def check_connectome(cfg: Config) -> None:
         ends = {"src": (projection.src, "embedding"), "dst": (projection.dst, "broca_out")}
         for end, (name, other) in ends.items():
             if name not in levels and name != other:
-                raise ValueError(f"{where}{end}: expected {other} or one of {', '.join(names)}, got {name!r}")
+                raise ValueError(f"{where}{end}: expected {other} or one of {', '.join(levels)}, got {name!r}")
         if (key := cfg.key(projection)) in seen:
             raise ValueError(where + "expected each (src, dst, delay, kind) at most once, got it twice")
         seen.add(key)
@@ -75,6 +75,25 @@ def parameter_shapes(cfg: Config) -> dict[str, tuple[tuple[int, ...], np.dtype[A
 def trainable_keys(cfg: Config) -> tuple[str, ...]:
     """Keys of the tensors that have a gradient: embedding, decoder, biases and blocks."""
     return tuple(key for key in parameter_shapes(cfg) if key.endswith((".weight", ".bias", ".blocks")))
+
+
+def longest_delays(cfg: Config) -> dict[str, int]:
+    """K of each region: how many of its past spikes its projections can still ask for."""
+    out = {region.name: 0 for region in cfg.regions}
+    for projection in cfg.projections:
+        if projection.delay:
+            out[projection.src] = max(out[projection.src], projection.delay)
+    return out
+
+
+def state_shapes(cfg: Config, streams: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the neuron state's float32 arrays by key, as `NeuroGen.state` gives them."""
+    shapes: dict[str, tuple[int, ...]] = {"broca.o": (streams, cfg.dim)}
+    delays = longest_delays(cfg)
+    for region in cfg.regions:
+        shapes |= {f"region.{region.name}.{name}": (streams, region.neurons) for name in ("v", "w")}
+        shapes[f"region.{region.name}.spikes"] = (streams, delays[region.name], region.neurons)
+    return shapes
 
 
 def tensor_generator(seed: int, key: str) -> np.random.Generator:

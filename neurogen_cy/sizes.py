@@ -8,10 +8,14 @@ from typing import Any
 import numpy as np
 
 from neurogen_cy import backend as backends
+from neurogen_cy import memory
 from neurogen_cy.config import Config
+from neurogen_cy.connectome import longest_delays
 from neurogen_cy.threads import default_threads
 
 MAX_COUNT = 2**31 - 1
+MAX_BYTES = 2**50
+"""More than any machine has memory; plans of far more would overflow the 64 bits they are counted in."""
 MAX_THREADS = 1024
 """More than any machine has cores; far more than that would end the process inside the OpenMP runtime."""
 
@@ -30,9 +34,14 @@ def memory_plan(
     cfg: Config, streams: int = 1, max_tokens: int = 128, backend: str = "auto", threads: int | None = None,
     precision: str | None = None,
 ) -> dict[str, int]:
-    """Bytes by part that a model would allocate; nothing is allocated, and "cuda" needs no device for it."""
+    """Bytes by part that a model would allocate; nothing is allocated, and "cuda" needs no device for it.
+
+    MemoryError where they are beyond any machine's memory.
+    """
     module = backends.load(backend, built=True)[1]
-    plan = module.memory_plan(cfg, *model_sizes(streams, max_tokens, threads), backends.precision(module, precision))
+    sizes = model_sizes(streams, max_tokens, threads)
+    _check_countable(cfg, *sizes[:2])
+    plan = module.memory_plan(cfg, *sizes, backends.precision(module, precision))
     return dict(plan)
 
 
@@ -45,11 +54,27 @@ def model_sizes(streams: Any, max_tokens: Any, threads: Any) -> tuple[int, int, 
     return streams, max_tokens, threads
 
 
+def _check_countable(cfg: Config, streams: int, max_tokens: int) -> None:
+    """MemoryError where the largest parts alone are beyond any machine: weights, u, s, v, w, d, spikes kept."""
+    delays = longest_delays(cfg)
+    kept = sum(region.neurons * (2 + delays[region.name]) for region in cfg.regions)
+    neurons = sum(region.neurons for region in cfg.regions)
+    least = 4 * (4 * cfg.weights + streams * (kept + cfg.dim) + streams * max_tokens * (5 * neurons + 6 * cfg.dim))
+    if least > MAX_BYTES:
+        raise MemoryError(
+            f"this model needs more than {least / 2**40:,.0f} TiB at streams={streams}, max_tokens={max_tokens}, and "
+            f"no machine has more than {MAX_BYTES // 2**40} TiB: {neurons} neurons, {cfg.weights} weights"
+        )
+
+
 def check_memory(
     module: ModuleType, cfg: Config, streams: int, max_tokens: int, threads: int, device: int, precision: str
 ) -> None:
     """MemoryError with the plan's table, and the largest max_tokens that fits, where a model does not fit."""
+    _check_countable(cfg, streams, max_tokens)
     free: int = module.free_bytes(device)
+    if module.BACKEND == "cpu":
+        free = min(free, memory.available())
 
     def plan(tokens: int) -> dict[str, int]:
         return dict(module.memory_plan(cfg, streams, tokens, threads, precision))

@@ -27,6 +27,15 @@ class _BlasAtOneThread:
         self._users = 0
         self._before: list[int] = []
         self._libraries: list[Any] | None = None
+        os.register_at_fork(after_in_child=self._forked)
+
+    def _forked(self) -> None:
+        """The other threads are gone, and with them who would have released the lock and put the setting back."""
+        self._lock = threading.Lock()
+        if self._users:
+            self._users = 0
+            for library, count in zip(self._libraries or (), self._before):
+                library.set_num_threads(count)
 
     def __enter__(self) -> None:
         with self._lock:

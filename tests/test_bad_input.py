@@ -203,7 +203,9 @@ MODELS = {
     "nonfinite": (lambda: ng.NeuroGen(CONFIG, nonfinite="no"), ValueError, "expected 'raise' or 'skip', got 'no'"),
     "streams of memory_plan": (lambda: ng.memory_plan(CONFIG, "2"), TypeError, "expected an integer .*, got '2'"),
     "lr of AdamW": (lambda: ng.AdamW(lr="1"), TypeError, "expected a number, got '1'"),
-    "eps of AdamW": (lambda: ng.AdamW(eps=0), ValueError, "expected a number > 0, got 0"),
+    "eps of AdamW": (lambda: ng.AdamW(eps=0), ValueError, "expected a number > 0, at least 1.18e-38, got 0"),
+    "eps of AdamW, 0 in float32": (lambda: ng.AdamW(eps=1e-320), ValueError, "at least 1.18e-38, got 9.99989e-321"),
+    "clip beyond any float": (lambda: ng.AdamW(clip=10**400), ValueError, "expected a finite number >= 0, got 1000"),
     "betas of AdamW": (lambda: ng.AdamW(betas=(0.9, 1.0)), ValueError, r"betas\[1\]: expected a number in \[0, 1\)"),
     "clip of AdamW": (lambda: ng.AdamW(clip=np.nan), ValueError, "expected a finite number >= 0, got nan"),
 }
@@ -265,6 +267,24 @@ def check_refusal(backend, name, call, error, message):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_bad_setting_is_refused(name):
     refuse(name, *MODELS[name])
+
+
+def test_a_decay_that_would_make_weights_grow_is_refused(backend):
+    m = ng.NeuroGen(CONFIG, backend=backend, streams=B, max_tokens=T, optimizer=ng.AdamW(weight_decay=1e30))
+    before = snapshot(m)
+    with pytest.raises(ValueError, match=r"lr \* weight_decay: expected at most 2, .* got 0.002 \* 1e\+30"):
+        m.train_step_batch(IDS, IDS)
+    assert snapshot(m) == before
+
+
+def test_a_plan_beyond_64_bits_is_refused(backend):
+    """2**31 neurons x 2**31 rows x 4 bytes is 0 in 64 bits: such a model must not seem to fit."""
+    n = 2**31 - 32
+    cfg = ng.Config(256, 64, (ng.Region("a", n, 0),), (ng.Projection("embedding", "a", density=1e-9),
+                                                       ng.Projection("a", "broca_out", density=1e-9)))
+    for make in (ng.NeuroGen, functools.partial(ng.memory_plan, streams=2**20, max_tokens=2047)):
+        with pytest.raises(MemoryError, match=r"this model needs more than [\d,]+ TiB|MiB are free"):
+            make(cfg, backend=backend)
 
 
 def test_an_absent_backend_says_why():

@@ -10,17 +10,30 @@
 #include <utility>
 #include <vector>
 
+#if defined(__SANITIZE_ADDRESS__)  // what lies between two parts of one allocation shall not be touched either
+#include <sanitizer/asan_interface.h>
+#define NG_POISON(address, bytes) __asan_poison_memory_region(address, bytes)
+#else
+#define NG_POISON(address, bytes) ((void)0)
+#endif
+
 namespace neurogen {
 
 class Arena {
  public:
   static constexpr size_t kAlign = 256;
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr size_t kGap = kAlign;
+#else
+  static constexpr size_t kGap = 0;
+#endif
 
   // Counts `count` values under `part`; returns memory once allocate() was called, null while measuring.
   template <class T>
   T* take(const char* part, size_t count) {
-    const size_t bytes = (count * sizeof(T) + kAlign - 1) / kAlign * kAlign;
+    const size_t bytes = (count * sizeof(T) + kAlign - 1) / kAlign * kAlign + kGap;
     T* pointer = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
+    if (owner_) NG_POISON(base_ + used_ + count * sizeof(T), bytes - count * sizeof(T));
     used_ += bytes;
     if (!base_) note(part, bytes);
     return pointer;

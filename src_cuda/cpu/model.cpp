@@ -43,6 +43,7 @@ CpuModel::CpuModel(const ModelSpec& spec) : spec_(spec), threads_(spec.threads) 
 
 CpuModel::CpuModel(const ModelSpec& spec, Sgemm sgemm) : CpuModel(spec) {
   kernels();  // a wrong NEUROGEN_CPU_ISA is refused here, not inside a parallel region
+  prepare_for_forks();
   sgemm_ = sgemm;
   arena_.allocate();
   lay_out();

@@ -255,4 +255,7 @@ void CpuModel::for_source_rows(const Projection& p, int token, int tokens, int s
   }
 }
 
+// Called once or more: from then on a forked child can compute, with as many threads as its parent (fork.cpp).
+void prepare_for_forks();
+
 }  // namespace neurogen::cpu

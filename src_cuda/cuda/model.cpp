@@ -19,6 +19,10 @@ CudaModel::CudaModel(const ModelSpec& spec, MeasureOnly) : spec_(spec) {
 }
 
 CudaModel::CudaModel(const ModelSpec& spec) : CudaModel(spec, MeasureOnly{}) {
+  if (panel_values() > INT32_MAX) {
+    throw std::invalid_argument("streams * max_tokens: expected at most " +
+                                std::to_string(INT32_MAX / kBlock - kSpareRows) + ", got " + std::to_string(capacity_));
+  }
   const OnDevice scope(spec_.device);
   memory_ = device_memory(arena_.bytes());
   arena_.bind(memory_.get());
@@ -54,10 +58,6 @@ std::unique_ptr<State> CudaModel::new_state(int streams) {
 
 void CudaModel::lay_out() {
   capacity_ = int64_t{spec_.streams} * spec_.max_tokens;
-  if (panel_values() > INT32_MAX) {
-    throw std::invalid_argument("streams * max_tokens: expected at most " +
-                                std::to_string(INT32_MAX / kBlock - kSpareRows) + ", got " + std::to_string(capacity_));
-  }
   lay_out_parameters();
   lay_out_connectome();
   lay_out_workspace();

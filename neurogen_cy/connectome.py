@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from neurogen_cy.shown import shown
+
 if TYPE_CHECKING:
     from neurogen_cy.config import Config, Projection
 
@@ -26,7 +28,7 @@ def check_connectome(cfg: Config) -> None:
         raise ValueError("regions: expected at least one Region, got none")
     for name, count in Counter(region.name for region in cfg.regions).items():
         if count > 1:
-            raise ValueError(f"regions: expected unique names, got {name!r} {count} times")
+            raise ValueError(f"regions: expected unique names, got {shown(name)} {count} times")
     levels = {region.name: region.level for region in cfg.regions}
     seen: set[str] = set()
     for projection in cfg.projections:
@@ -34,7 +36,8 @@ def check_connectome(cfg: Config) -> None:
         ends = {"src": (projection.src, "embedding"), "dst": (projection.dst, "broca_out")}
         for end, (name, other) in ends.items():
             if name not in levels and name != other:
-                raise ValueError(f"{where}{end}: expected {other} or one of {', '.join(levels)}, got {name!r}")
+                known = ", ".join(levels)[:1000]
+                raise ValueError(f"{where}{end}: expected {other} or one of {known}, got {shown(name)}")
         if (key := cfg.key(projection)) in seen:
             raise ValueError(where + "expected each (src, dst, delay, kind) at most once, got it twice")
         seen.add(key)

@@ -81,7 +81,7 @@ def load(
         if missing := [name for name in FACTS if name not in meta]:
             raise ValueError(f"expected the facts {', '.join(FACTS)}, got no {missing[0]}")
         cfg = Config.from_dict(meta["config"])
-        settings = {"optimizer": AdamW(**meta["optimizer"]), "nonfinite": _nonfinite(meta), **settings}
+        settings = {"optimizer": AdamW(**_table(meta, "optimizer")), "nonfinite": _nonfinite(meta), **settings}
         saved, saved_tokens = _count(meta, "streams", MAX_COUNT, 1), _count(meta, "max_tokens", MAX_COUNT, 1)
         seed = _count(meta, "seed", 2**64 - 1)
         step, calls, skipped = (_count(meta, name, 2**62) for name in ("step", "calls", "skipped"))
@@ -107,6 +107,13 @@ def _count(meta: Mapping[str, Any], name: str, most: int, least: int = 0) -> int
     value = meta[name]
     if type(value) is not int or not least <= value <= most:
         raise ValueError(f"{name}: expected an integer in {least}..{most}, got {shown(value)}")
+    return value
+
+
+def _table(meta: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = meta[name]
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}: expected a table of settings, got {shown(value)}")
     return value
 
 

@@ -12,8 +12,7 @@
 namespace neurogen::cuda {
 namespace {
 
-constexpr size_t kWorkBytes = 73728;  // of shared memory: 16 warps' LocalState<4> (brain.cuh)
-constexpr int kTileCost = 4;          // a neuron update costs about as much as this many blocks
+constexpr int kTileCost = 4;  // a neuron update costs about as much as this many blocks
 
 // Receivers first, then terms: a list built receiver by receiver.
 struct ListBuilder {

@@ -228,6 +228,7 @@ void* brain_kernel(const BrainShape& shape) {
                                                       : &run_brain_kernel<Real, 1, 1, Plain>);
 }
 
+static_assert(kWarps * sizeof(LocalState<4>) <= kWorkBytes, "plan_launch() has to leave this much");
 size_t local_bytes(int cells) {
   return cells == 1 ? sizeof(LocalState<1>) : cells == 2 ? sizeof(LocalState<2>) : sizeof(LocalState<4>);
 }

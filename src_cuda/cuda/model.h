@@ -38,11 +38,12 @@ struct BrainShape {
   size_t shared_bytes;
 };
 
-constexpr int kUnit = kBlockArea;   // values that the optimizer takes at a time
-constexpr int kBrainThreads = 512;  // of a block of the brain launch
-constexpr int kSpareRows = 16;      // before and behind every panel: readable, of no meaning
-constexpr int kNormBlocks = 1056;   // blocks that share the gradient's norm: fixed, so that its bits are
-constexpr int kSegmentRows = 32;    // sorted rows that a block of threads adds up (embedding.cu)
+constexpr int kUnit = kBlockArea;     // values that the optimizer takes at a time
+constexpr int kBrainThreads = 512;    // of a block of the brain launch
+constexpr size_t kWorkBytes = 73984;  // of shared memory, for what the warps of the brain launch work on
+constexpr int kSpareRows = 16;        // before and behind every panel: readable, of no meaning
+constexpr int kNormBlocks = 1056;     // blocks that share the gradient's norm: fixed, so that its bits are
+constexpr int kSegmentRows = 32;      // sorted rows that a block of threads adds up (embedding.cu)
 constexpr size_t kBlasWorkspace = size_t{32} << 20;
 
 // What a region looks like to a kernel.

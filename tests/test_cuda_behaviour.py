@@ -92,6 +92,23 @@ def test_streams_in_one_group_or_many_give_the_same_bits(monkeypatch, precision,
     assert all(end == ends[0] for end in ends[1:])
 
 
+def test_items_that_go_from_warp_to_warp_give_the_same_bits(monkeypatch):
+    """`base` has so many tiles that warps take them in turn at 32 streams, and have their own at 8 (forward.cu)."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 256, (3, 32, 24), dtype=np.int32)
+    ends, plans = [], []
+    for group in (None, "8"):
+        if group is not None:
+            monkeypatch.setenv("NEUROGEN_STREAM_GROUP", group)
+        model = ng.NeuroGen(ng.Config.preset("base", vocab_size=256), backend="cuda", streams=32, max_tokens=24)
+        results = [model.train_step_batch(part, np.roll(part, -1, 1).copy()) for part in ids]
+        ends.append(([(result.loss, result.grad_norm) for result in results], contents(model)))
+        plans.append(model.execution_plan["streams at a time"])
+        del model
+    assert plans == ["32", "8"]
+    assert ends[0] == ends[1]
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("tied", [False, True])
 def test_saved_loaded_and_continued_equals_an_unbroken_run(tmp_path, precision, tied):

@@ -9,19 +9,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
+from command_line import Run, runner_in
 
 import neurogen_cy
 from neurogen_cy import Config, Projection, Region, __version__, checkpoint
 from neurogen_cy.cli import main
 from neurogen_cy.data import default_corpus
 from neurogen_cy.metrics import read_metrics
-
-Run = Callable[..., Result]
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +51,7 @@ TRAIN += ["--steps", "20", "--streams", "2", "--tokens", "16"]
 
 @pytest.fixture
 def run(files: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run the command line in the folder and check its exit status."""
-    monkeypatch.chdir(files)
-
-    def invoke(*arguments: object, status: int = 0) -> Result:
-        result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-        assert result.exit_code == status, result.output
-        return result
-
-    return invoke
+    return runner_in(files, monkeypatch)
 
 
 def test_train_says_what_it_reads_and_what_came_of_it(files: Path) -> None:

@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tokenizers
-from click.testing import CliRunner, Result
+from command_line import Run, runner_in
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from neurogen_cy import Config, NeuroGen, Projection, Region, checkpoint, plots
-from neurogen_cy.cli import main
 from neurogen_cy.data import default_corpus
 from neurogen_cy.metrics import read_metrics
 
-Run = Callable[..., Result]
 VOCABULARY = 300
 END = "<|endoftext|>"
 
@@ -53,15 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run the command line in the folder and check its exit status."""
-    monkeypatch.chdir(folder)
-
-    def invoke(*arguments: object, status: int = 0) -> Result:
-        result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-        assert result.exit_code == status, result.output
-        return result
-
-    return invoke
+    return runner_in(folder, monkeypatch)
 
 
 def same_weights(one: Path, other: Path) -> bool:

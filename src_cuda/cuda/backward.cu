@@ -87,8 +87,8 @@ struct Scan {
 
 // N neighbouring neurons of one stream, from the last token to the first: two where there are streams enough, for wider
 // loads (a warp then takes 32 neurons of two streams); one where it takes every warp to fill the GPU. blockIdx.x: tile.
-// Single: one stream, so that a token's place is known to the compiler: a third of the instructions, which is what a
-// level costs where a multiprocessor has two warps. Resets: there are some.
+// Single: one stream, so that a token's place is known to the compiler: less than half the instructions, which is what
+// a level costs where a multiprocessor has two warps. Resets: there are some.
 template <class Real, int N, bool Single, bool Resets>
 __global__ void __launch_bounds__(kScanThreads) scan_adjoint_kernel(Scan p) {
   constexpr int kPerTile = kBlock / N;

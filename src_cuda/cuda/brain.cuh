@@ -58,7 +58,7 @@ template <int Cells>
 struct LocalState {
   float4 past[Cells][32], w[Cells][32];
   int4 count[32];
-  int turn, unused[3];
+  int turn, unused[3];  // tokens that are done, see pass_on(); the rest of 16 bytes
 };
 
 // Of v = 1 + u; min(v, 1) = 1 for u > 0, a binary spike.

@@ -39,6 +39,7 @@ struct BrainCall {
   bool local_state;  // past, w and spike counts stay in shared memory, after the resident blocks; else there is room
                      // for what a warp works on, v and w are in global memory, and count_spikes_kernel counts
   bool prefetch;     // weights that are not resident do not stay in the L2 cache either
+  bool embedded;     // d and g hold the embedding's share; else its blocks are among the terms
   float max_spike;   // 1 where spikes are binary
   Dropout dropout;
 };
@@ -173,7 +174,7 @@ __device__ void prefetch_weights(const BrainCall& call, const BrainTables<Real>&
 template <class Real, int Steps, int Columns, bool Plain>
 __device__ void run_tile(const BrainCall& call, const BrainTables<Real>& tables, const BrainTile& tile, int token,
                          int stream0, int left, LocalState<Steps * Columns>& local) {
-  constexpr int kAhead = Steps == 1 ? 6 : 3;  // terms whose spikes are asked for before the first is used
+  constexpr int kAhead = Steps == 1 ? 7 : NG_AHEAD;  // terms whose spikes are asked for before the first is used
   const int lane = threadIdx.x % 32;
   const int row0 = token * call.streams + stream0, first = (row0 + lane_row()) * kBlock + lane_receiver();
   const bool last = token == call.tokens - 1, gated = tile.gated;
@@ -194,19 +195,27 @@ __device__ void run_tile(const BrainCall& call, const BrainTables<Real>& tables,
   };
 
   Sums sums[Steps];                 // first of the gates, then of the drives, then I
-  Four<Real> kept[Steps][Columns];  // meanwhile: the embedding's share of the drive, then G
+  Four<Real> kept[Steps][Columns];  // meanwhile: the embedding's share of the drive, if it is in d; then G
   const auto take = [&](int i, int c, float4 x) {
     sums[i].x[0][c] = x.x, sums[i].x[1][c] = x.y, sums[i].x[2][c] = x.z, sums[i].x[3][c] = x.w;
   };
   const auto give = [&](int i, int c) {
     return float4{sums[i].x[0][c], sums[i].x[1][c], sums[i].x[2][c], sums[i].x[3][c]};
   };
+  const auto take_bias = [&] {
+    const float4 bias = load4(in_global<const float>(const_cast<float*>(tile.bias)) + lane_receiver());
+    for_rows([&](int i, int c, int) { take(i, c, bias); });
+  };
 #pragma unroll
   for (int i = 0; i < Steps; ++i) zero(sums[i]);
-  for_rows([&](int i, int c, int offset) {
-    take(i, c, load4(in_global<Real>(gated ? g : d) + offset));
-    if (gated) kept[i][c] = fetch4(d + offset);
-  });
+  if (call.embedded) {
+    for_rows([&](int i, int c, int offset) {
+      take(i, c, load4(in_global<Real>(gated ? g : d) + offset));
+      if (gated) kept[i][c] = fetch4(d + offset);
+    });
+  } else if (!gated) {
+    take_bias();
+  }
   int age[Steps] = {};
   if (!Plain && call.resets) {
 #pragma unroll
@@ -215,12 +224,20 @@ __device__ void run_tile(const BrainCall& call, const BrainTables<Real>& tables,
       if (row < left) age[i] = call.age[row0 + row];
     }
   }
-  // The next token's drive and gate were written long ago: far away by now. 128 bytes a lane.
+  // What the next token gets from the embedding was written long ago: far away by now. 128 bytes a lane.
   constexpr int kLine = 128 / sizeof(Real), kLines = (Columns == 1 ? 1 : Steps * kRows) * kBlock / kLine;
   if (!last && lane < max(kLines, 1)) {
     const int next = (row0 + call.streams) * kBlock + lane * kLine;
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const Real*>(tile.d) + next));
-    if (gated) asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const Real*>(tile.g) + next));
+    const auto bring = [&](const void* row0) {
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const Real*>(row0) + next));
+    };
+    if (call.embedded) {
+      bring(tile.d);
+      if (gated) bring(tile.g);
+    } else {
+      if (tile.heard[0]) bring(tile.heard[0]);
+      if (tile.heard[1]) bring(tile.heard[1]);
+    }
   }
 
   const auto close_gates = [&] {
@@ -228,10 +245,11 @@ __device__ void run_tile(const BrainCall& call, const BrainTables<Real>& tables,
       const float4 x = give(i, c);
       const Four<Real> gate =
           pack<Real>({gate_of(x.x, Real{}), gate_of(x.y, Real{}), gate_of(x.z, Real{}), gate_of(x.w, Real{})});
-      take(i, c, unpack<Real>(kept[i][c]));
+      if (call.embedded) take(i, c, unpack<Real>(kept[i][c]));
       kept[i][c] = gate;
       if (own[i][c]) put4(g + offset, gate);
     });
+    if (!call.embedded) take_bias();
   };
   const auto close_drives = [&] {
     for_rows([&](int i, int c, int offset) {

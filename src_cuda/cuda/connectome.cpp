@@ -14,6 +14,10 @@ namespace {
 
 constexpr int kTileCost = 4;  // a neuron update costs about as much as this many blocks
 
+// Blocks of the embedding that a tile hears, on average, up to which the brain launch multiplies by them: cheaper than
+// writing their sums to memory (4 bytes a neuron) and reading them there. Many are cheaper for all tokens at once.
+constexpr int64_t kInsideTerms = 4;
+
 // Receivers first, then terms: a list built receiver by receiver.
 struct ListBuilder {
   std::vector<std::vector<Term>> of;
@@ -71,6 +75,12 @@ void CudaModel::connect() {
   }
   levels_ = static_cast<int>(level_begin_.size());
   level_begin_.push_back(tiles_);
+  int64_t embedded = 0;
+  for (size_t i = 0; i < spec_.projections.size(); ++i) {
+    const ProjectionSpec& p = spec_.projections[i];
+    if (p.src == kFromEmbedding && p.dst != spec_.readout()) embedded += first_block_[i + 1] - first_block_[i];
+  }
+  embed_inside_ = embedded <= kInsideTerms * tiles_;
 }
 
 void CudaModel::lay_out_connectome() {
@@ -81,7 +91,7 @@ void CudaModel::lay_out_connectome() {
     const int64_t blocks = first_block_[i + 1] - first_block_[i];
     const bool embedded = p.src == kFromEmbedding, spoken = p.dst == spec_.readout();
     if (spoken) hear += blocks;
-    if (embedded && !spoken) (p.gate ? gate : drive) += blocks;
+    if (embedded && !spoken) (embed_inside_ ? brain : p.gate ? gate : drive) += blocks;
     if (!embedded && !spoken) brain += blocks;
     if (embedded) embed_pull += blocks;
     if (!embedded && p.delay == 0) pull += blocks;
@@ -163,7 +173,7 @@ void CudaModel::build_lists() {
         hear.of[row].push_back(forward);
       } else {
         const int64_t tile = regions_[p.dst].first_tile + row;
-        if (embedded) {
+        if (embedded && !embed_inside_) {
           (p.gate ? gate : drive).of[tile].push_back(forward);
         } else {
           brain[tile][p.gate ? 0 : p.delay ? 2 : 1].push_back(forward);
@@ -222,6 +232,8 @@ BrainTile CudaModel::brain_tile(const TileName& name) const {
           at(region.d),
           at(region.g),
           region.constants + panel * 5 * kBlock,
+          region.bias + name.offset,
+          {},
           name.region,
           name.offset,
           region.rank,
@@ -286,6 +298,7 @@ void CudaModel::plan_launch(const std::vector<TileName>& names,
       for (int kind = 0; kind < 3; ++kind) {
         entry.terms[kind] = static_cast<int32_t>(terms.size()) - share.term_begin;
         for (Term term : brain[tile][kind]) {
+          if (term.region == kFromEmbedding && kind < 2) entry.heard[kind] = term.source;
           if (slot < slots) {
             term.slot = slot++;
             resident.push_back(term.block);

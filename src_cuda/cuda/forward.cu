@@ -245,12 +245,14 @@ void CudaModel::forward() {
   refresh_derived();
   with_real(spec_.bf16, [&](auto real) {
     using Real = decltype(real);
-    multiply_blocks<Real>(stream_.get(), embed_drive_, forward_blocks_, rows_, 0, tiles_,
-                          StoreDrive<Real>{region_views_, tile_names_});
-    launched();
-    multiply_blocks<Real>(stream_.get(), embed_gate_, forward_blocks_, rows_, 0, tiles_,
-                          StoreGate<Real>{region_views_, tile_names_});
-    launched();
+    if (!embed_inside_) {
+      multiply_blocks<Real>(stream_.get(), embed_drive_, forward_blocks_, rows_, 0, tiles_,
+                            StoreDrive<Real>{region_views_, tile_names_});
+      launched();
+      multiply_blocks<Real>(stream_.get(), embed_gate_, forward_blocks_, rows_, 0, tiles_,
+                            StoreGate<Real>{region_views_, tile_names_});
+      launched();
+    }
     run_brain();
     multiply_blocks<Real>(stream_.get(), hear_, forward_blocks_, rows_, 0, spec_.dim / kBlock,
                           StoreRows{o_, spec_.dim});
@@ -296,13 +298,13 @@ BrainShape CudaModel::shape_of(int group, int tokens) const {
   return shape;
 }
 
-// How many streams run at a time: a tick costs about as much as a round of its warps, and half as much again where
-// weights have to come from the L2 cache (`base`, 64 streams on an H200: twice 32 take 7.5 ms, 64 at once 9.1).
+// How many streams run at a time: a tick costs about as much as a round of its warps, and more where weights have to
+// come from the L2 cache (`base`, 64 streams on an H200, 43 % of the weights: twice 32 take 7.5 ms, 64 at once 9.1).
 BrainShape CudaModel::brain_shape(int streams, int tokens) const {
   const int limit = stream_group_ ? std::min(stream_group_, streams) : streams;
   const auto cost = [&](const BrainShape& shape) {
-    const bool streamed = shape.slots < most_terms_;
-    return (1 + shape.rounds) * (streamed ? 1.5 : 1.0);
+    const int64_t streamed = std::max<int64_t>(most_terms_ - shape.slots, 0);
+    return (1 + shape.rounds) * (1 + static_cast<double>(streamed) / std::max<int64_t>(most_terms_, 1));
   };
   constexpr int kUnitStreams = 2 * kRows;
   BrainShape best{};
@@ -340,6 +342,7 @@ void CudaModel::run_brain() {
                  shape.slots,
                  shape.local,
                  most_terms_ > shape.slots && blocks_ * kBlockArea * static_cast<int64_t>(real_size()) > kCachedBytes,
+                 !embed_inside_,
                  spec_.graded ? spec_.max_spike : 1.0f,
                  dropout()};
   const dim3 hush_grid(tiles_, static_cast<unsigned>(std::clamp<int64_t>(rows_ / kWide, 1, 64)));

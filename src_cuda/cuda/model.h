@@ -39,7 +39,13 @@ struct BrainShape {
 };
 
 constexpr int kUnit = kBlockArea;     // values that the optimizer takes at a time
-constexpr int kBrainThreads = 512;    // of a block of the brain launch
+#ifndef NG_THREADS
+#define NG_THREADS 512
+#endif
+#ifndef NG_AHEAD
+#define NG_AHEAD 3
+#endif
+constexpr int kBrainThreads = NG_THREADS;    // of a block of the brain launch
 constexpr size_t kWorkBytes = 73984;  // of shared memory, for what the warps of the brain launch work on
 constexpr int kSpareRows = 16;        // before and behind every panel: readable, of no meaning
 constexpr int kNormBlocks = 1056;     // blocks that share the gradient's norm: fixed, so that its bits are
@@ -90,7 +96,8 @@ struct TileName {
 // [terms[0], terms[1]), drives [terms[1], terms[2]), delayed [terms[2], terms[3]).
 struct BrainTile {
   void *u, *s, *emitted, *d, *g;  // row 0 of its panels
-  const float* constants;         // [5][32]
+  const float *constants, *bias;  // [5][32], [32]
+  const void* heard[2];           // row 0 of panels of the embedding that it hears by terms of its own, null = none
   int32_t region, offset, rank, gated;
   int32_t terms[4];
 };
@@ -322,9 +329,11 @@ class CudaModel final : public Model {
   int64_t blocks_ = 0;
   // The same on the device.
   RegionView* region_views_ = nullptr;
-  TileName* tile_names_ = nullptr;                         // [tiles]
-  TermList embed_drive_, embed_gate_, pull_, embed_pull_;  // receivers: tiles, tiles, tiles, D/32
-  TermList hear_;                                          // receivers: D/32
+  TileName* tile_names_ = nullptr;  // [tiles]
+  // Receivers: tiles, tiles, tiles, D/32. The first two are empty where embed_inside_.
+  TermList embed_drive_, embed_gate_, pull_, embed_pull_;
+  bool embed_inside_ = false;  // the brain launch multiplies the embedding's blocks too
+  TermList hear_;              // receivers: D/32
   SourceGroup* groups_ = nullptr;
   int64_t group_count_ = 0;
   // Brain launch: base_grid_ shares, each worked on by up to replicas_ blocks of threads that divide the streams.

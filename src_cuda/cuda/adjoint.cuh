@@ -1,5 +1,5 @@
 // The adjoint of a cell, one neuron of one stream at one token: what every walk back through time computes
-// (backward.cu has the equations).
+// (backward.cu has the equations, credit.cuh the walk that brings its own learning signal).
 #pragma once
 
 #include "model.h"

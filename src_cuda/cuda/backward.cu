@@ -3,9 +3,10 @@
 //   lw = rho lw' - (1-alpha) lv',   ls = L + (1-rho) b lw,
 //   lv = alpha lv' + (1-rho) a lw + ls ds/du + rate term,   delta = sqrt(1-alpha^2) lv = dE/dI
 // Levels go from the highest down: products with transposed blocks bring L, a scan over time turns it into the errors
-// that weights (weights.cu) and lower levels are multiplied with.
+// that weights (weights.cu) and lower levels are multiplied with. Many streams: one kernel does both (credit.cuh).
 #include "adjoint.cuh"
 #include "batched_product.cuh"
+#include "credit.cuh"
 #include "dropout.cuh"
 
 namespace neurogen::cuda {
@@ -216,6 +217,18 @@ void CudaModel::learn_level(int level) {
                   spec_.graded ? spec_.max_spike : 1.0f,
                   spec_.rate_weight,
                   spec_.rate_target};
+  if (spec_.bf16 && call_streams_ >= kCreditStreams) {
+    const bool gated = std::any_of(regions_.begin(), regions_.end(),
+                                   [&](const RegionView& region) { return region.rank == level && region.gated; });
+    const int room = most_pulled_[level];
+    const Credit credit{scan, pull_, static_cast<const bf16*>(transposed_blocks_), dropout(), room, gated ? 3 : 1};
+    const CreditShape shape = credit_shape(credit, count, processors_, shared_limit_);
+    if (shape.fits) {
+      launch_credit(stream_.get(), credit, count, shape);
+      launched();
+      return;
+    }
+  }
   with_real(spec_.bf16, [&](auto real) {
     using Real = decltype(real);
     multiply_blocks<Real>(stream_.get(), pull_, transposed_blocks_, rows_, first, count,

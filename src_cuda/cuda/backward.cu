@@ -3,8 +3,10 @@
 //   lw = rho lw' - (1-alpha) lv',   ls = L + (1-rho) b lw,
 //   lv = alpha lv' + (1-rho) a lw + ls ds/du + rate term,   delta = sqrt(1-alpha^2) lv = dE/dI
 // Levels go from the highest down: products with transposed blocks bring L, a scan over time turns it into the errors
-// that weights (weights.cu) and lower levels are multiplied with.
+// that weights (weights.cu) and lower levels are multiplied with. Many streams: one kernel does both (credit.cuh).
+#include "adjoint.cuh"
 #include "batched_product.cuh"
+#include "credit.cuh"
 #include "dropout.cuh"
 
 namespace neurogen::cuda {
@@ -76,15 +78,6 @@ struct StoreSignal {
   }
 };
 
-struct Scan {
-  const RegionView* regions;
-  const TileName* tiles;
-  const uint8_t* resets;  // null = none
-  int first_tile, streams, tokens;
-  float surrogate_k, max_spike, rate_weight, rate_target;
-  bool graded;
-};
-
 // N neighbouring neurons of one stream, from the last token to the first: two where there are streams enough, for wider
 // loads (a warp then takes 32 neurons of two streams); one where it takes every warp to fill the GPU. blockIdx.x: tile.
 // Single: one stream, so that a token's place is known to the compiler: less than half the instructions, which is what
@@ -107,7 +100,6 @@ __global__ void __launch_bounds__(kScanThreads) scan_adjoint_kernel(Scan p) {
   Real* g_at = in_global<Real>(region.g) + first;
   const bool gated = region.gated;
 
-  const double rows = static_cast<double>(p.streams) * p.tokens;
   float alpha[N], leak[N], gain[N], rho[N], a[N], b[N], rate[N], lv[N] = {}, lw[N] = {}, dbias[N] = {};
   const float* constants = region.constants + name.offset * 5 + lane;
 #pragma unroll
@@ -115,8 +107,7 @@ __global__ void __launch_bounds__(kScanThreads) scan_adjoint_kernel(Scan p) {
     alpha[j] = constants[j], leak[j] = alpha[j] - 1.0f, gain[j] = constants[kBlock + j],
     rho[j] = constants[2 * kBlock + j];
     a[j] = constants[3 * kBlock + j], b[j] = constants[4 * kBlock + j];
-    const double own = region.spike_count[neuron + j] / rows;
-    rate[j] = static_cast<float>(p.rate_weight * 2.0 * (own - p.rate_target) / (region.n * rows));
+    rate[j] = rate_error(p, region, neuron + j);
   }
   // What a token's step reads, as it is stored; the next kScanAhead tokens' are on their way while these are worked on.
   struct Inputs {
@@ -133,25 +124,15 @@ __global__ void __launch_bounds__(kScanThreads) scan_adjoint_kernel(Scan p) {
       in.cut[i] = Resets && p.resets[max(from - i, 0) * p.streams + stream];
     }
   };
-  // With lw as it is after its own step, lv = alpha lv + a lw + (L + b lw) slope + rate psi is
-  // lv = (alpha lv + base) + pull lw, where base and pull depend on no other token.
   const auto work = [&](const Inputs& in, int from) {
 #pragma unroll
     for (int begin = 0; begin < kScanAhead; begin += kTogether) {
-      float base[kTogether][N], pull[kTogether][N];
+      OwnPart own[kTogether][N];
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
 #pragma unroll
         for (int j = 0; j < N; ++j) {
-          const float u = in.u[begin + i].get(j);
-          const float distance = fmaf(p.surrogate_k, fabsf(u), 1.0f), psi = reciprocal(distance * distance);
-          float slope = psi;
-          if (p.graded) {
-            slope = psi * fminf(1.0f + fmaxf(u, 0.0f), p.max_spike);
-            if (u > 0 && 1.0f + u < p.max_spike) slope += 1.0f;
-          }
-          base[i][j] = fmaf(in.signal[begin + i].get(j), slope, rate[j] * psi);
-          pull[i][j] = fmaf(b[j], slope, a[j]);
+          own[i][j] = own_part(p, in.u[begin + i].get(j), in.signal[begin + i].get(j), rate[j], a[j], b[j]);
         }
       }
 #pragma unroll
@@ -162,15 +143,14 @@ __global__ void __launch_bounds__(kScanThreads) scan_adjoint_kernel(Scan p) {
         float deltas[N], drive_errors[N], gate_errors[N];
 #pragma unroll
         for (int j = 0; j < N; ++j) {
-          lw[j] = fmaf(rho[j], lw[j], leak[j] * lv[j]);
-          lv[j] = fmaf(pull[i][j], lw[j], fmaf(alpha[j], lv[j], base[i][j]));
+          step_back(own[i][j], alpha[j], leak[j], rho[j], lv[j], lw[j]);
           float delta = gain[j] * lv[j];
           deltas[j] = delta;
           if (gated) {
             const float gate = in.gate[k].get(j);
             delta *= gate;
             drive_errors[j] = delta;
-            gate_errors[j] = delta * in.drive[k].get(j) * fmaf(-0.5f, gate, 1.0f);
+            gate_errors[j] = gate_error(delta, in.drive[k].get(j), gate);
           }
           dbias[j] += delta;
           if (Resets && in.cut[k]) lv[j] = lw[j] = 0.0f;  // nothing flows to the token before a reset
@@ -234,10 +214,21 @@ void CudaModel::learn_level(int level) {
                   call_streams_,
                   call_tokens_,
                   spec_.surrogate_k,
-                  spec_.max_spike,
+                  spec_.graded ? spec_.max_spike : 1.0f,
                   spec_.rate_weight,
-                  spec_.rate_target,
-                  spec_.graded};
+                  spec_.rate_target};
+  if (spec_.bf16 && call_streams_ >= kCreditStreams) {
+    const bool gated = std::any_of(regions_.begin(), regions_.end(),
+                                   [&](const RegionView& region) { return region.rank == level && region.gated; });
+    const int room = most_pulled_[level];
+    const Credit credit{scan, pull_, static_cast<const bf16*>(transposed_blocks_), dropout(), room, gated ? 3 : 1};
+    const CreditShape shape = credit_shape(credit, count, processors_, shared_limit_);
+    if (shape.fits) {
+      launch_credit(stream_.get(), credit, count, shape);
+      launched();
+      return;
+    }
+  }
   with_real(spec_.bf16, [&](auto real) {
     using Real = decltype(real);
     multiply_blocks<Real>(stream_.get(), pull_, transposed_blocks_, rows_, first, count,

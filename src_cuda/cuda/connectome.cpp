@@ -56,7 +56,7 @@ void CudaModel::connect() {
   for (const ProjectionSpec& p : spec_.projections) {
     first_block_.push_back(first_block_.back() + int64_t{spec_.width(p.dst) / kBlock} * p.blocks_per_row);
     if (p.src >= 0) history_[p.src] = std::max(history_[p.src], p.delay);
-    if (p.dst < count) regions_[p.dst].gated |= p.gate;
+    if (p.dst < count) regions_[p.dst].gated |= p.gate, regions_[p.dst].hears_delayed |= p.delay > 0;
   }
   blocks_ = first_block_.back();
   sequence_.resize(count);
@@ -194,6 +194,13 @@ void CudaModel::build_lists() {
   put(embed_gate_, gate);
   put(pull_, pull);
   put(embed_pull_, embed_pull);
+  for (int level = 0; level < levels_; ++level) {
+    size_t most = 0;
+    for (int tile = level_begin_[level]; tile < level_begin_[level + 1]; ++tile) {
+      most = std::max(most, pull.of[tile].size());
+    }
+    most_pulled_.push_back(static_cast<int>(most));
+  }
   put(hear_, hear);
   std::vector<SourceGroup> listed;
   for (const auto& [source, some] : groups) listed.insert(listed.end(), some.begin(), some.end());
@@ -245,11 +252,11 @@ BrainTile CudaModel::brain_tile(const TileName& name) const {
 // a block's tiles stay in its shared memory until that is full.
 void CudaModel::plan_launch(const std::vector<TileName>& names,
                             const std::vector<std::array<std::vector<Term>, 3>>& brain) {
-  int processors = 0, shared_limit = 0;
-  NG_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, spec_.device));
+  int shared_limit = 0;
+  NG_CUDA(cudaDeviceGetAttribute(&processors_, cudaDevAttrMultiProcessorCount, spec_.device));
   NG_CUDA(cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, spec_.device));
-  base_grid_ = std::min(processors, tiles_);
-  replicas_ = processors / base_grid_;
+  base_grid_ = std::min(processors_, tiles_);
+  replicas_ = processors_ / base_grid_;
   std::vector<int> order(tiles_);
   std::iota(order.begin(), order.end(), 0);
   const auto terms_of = [&](int tile) { return brain[tile][0].size() + brain[tile][1].size() + brain[tile][2].size(); };

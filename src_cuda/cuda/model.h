@@ -55,15 +55,15 @@ constexpr size_t kBlasWorkspace = size_t{32} << 20;
 // What a region looks like to a kernel.
 struct RegionView {
   int32_t n, rank, gated;
-  int32_t history;     // K
-  int32_t first_tile;  // number of its first tile among all regions' tiles
-  int32_t reserved;
+  int32_t history;                          // K
+  int32_t first_tile;                       // number of its first tile among all regions' tiles
+  int32_t hears_delayed;                    // a delayed projection ends here
   int64_t stride;                           // values from a panel to the next
   const float *bias, *alpha, *rho, *a, *b;  // [n]
   float* constants;                         // [n/32][5][32] alpha, sqrt(1-alpha^2), rho, (1-rho) a, (1-rho) b
   void *u, *s, *emitted;                    // panels; emitted = s through dropout (s itself without)
   void *d, *g;                              // panels; g only where gated. Forward: drive and G; backward: dg and dd
-  void* delta;                              // panels: L, then dE/dI; shares d where there is no gate
+  void* delta;                              // panels: L, then dE/dI (if anyone reads it); shares d without a gate
   int* spike_count;                         // [n] spikes of this call
   float *dbias, *dbias_part;                // [n], [B, n]
 };
@@ -336,8 +336,9 @@ class CudaModel final : public Model {
   TermList hear_;              // receivers: D/32
   SourceGroup* groups_ = nullptr;
   int64_t group_count_ = 0;
+  std::vector<int> most_pulled_;  // of every level: terms of pull_ of a tile, at most
   // Brain launch: base_grid_ shares, each worked on by up to replicas_ blocks of threads that divide the streams.
-  int base_grid_ = 0, replicas_ = 0, stream_group_ = 0;
+  int processors_ = 0, base_grid_ = 0, replicas_ = 0, stream_group_ = 0;
   int most_tiles_ = 0, most_slots_ = 0;  // of a share
   int64_t most_terms_ = 0;
   size_t table_bytes_ = 0, shared_limit_ = 0;

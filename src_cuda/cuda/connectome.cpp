@@ -233,11 +233,11 @@ BrainTile CudaModel::brain_tile(const TileName& name) const {
 // a block's tiles stay in its shared memory until that is full.
 void CudaModel::plan_launch(const std::vector<TileName>& names,
                             const std::vector<std::array<std::vector<Term>, 3>>& brain) {
-  int processors = 0, shared_limit = 0;
-  NG_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, spec_.device));
+  int shared_limit = 0;
+  NG_CUDA(cudaDeviceGetAttribute(&processors_, cudaDevAttrMultiProcessorCount, spec_.device));
   NG_CUDA(cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, spec_.device));
-  base_grid_ = std::min(processors, tiles_);
-  replicas_ = processors / base_grid_;
+  base_grid_ = std::min(processors_, tiles_);
+  replicas_ = processors_ / base_grid_;
   std::vector<int> order(tiles_);
   std::iota(order.begin(), order.end(), 0);
   const auto terms_of = [&](int tile) { return brain[tile][0].size() + brain[tile][1].size() + brain[tile][2].size(); };

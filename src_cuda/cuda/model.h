@@ -247,6 +247,7 @@ class CudaModel final : public Model {
 
   // decoder.cu
   void lay_out_decoder();
+  int walk_threads() const;
   void score(bool want_gradient, bool accumulate);  // row_loss_, row_best_; with the gradient d_broca_, dW, dc
   void logits_on_device(const void* broca_real, int64_t rows, float* out);  // float [rows, V] with the bias
   void to_real(const float* from, int64_t count, void* to);
@@ -328,7 +329,7 @@ class CudaModel final : public Model {
   SourceGroup* groups_ = nullptr;
   int64_t group_count_ = 0;
   // Brain launch: base_grid_ shares, each worked on by up to replicas_ blocks of threads that divide the streams.
-  int base_grid_ = 0, replicas_ = 0, stream_group_ = 0;
+  int processors_ = 0, base_grid_ = 0, replicas_ = 0, stream_group_ = 0;
   int most_tiles_ = 0, most_slots_ = 0;  // of a share
   int64_t most_terms_ = 0;
   size_t table_bytes_ = 0, shared_limit_ = 0;
@@ -385,7 +386,7 @@ class CudaModel final : public Model {
   int64_t logit_rows_ = 0, logit_ld_ = 0;
   void* logits_ = nullptr;  // Real [logit_rows, logit_ld] (score), or float [logit_rows/2, V] (sampling)
   void* blas_workspace_ = nullptr;
-  float* bias_part_ = nullptr;  // scratch of dc
+  float* bias_part_ = nullptr;  // scratch of dc: rows of logit_ld
 
   // Embedding gradient.
   uint32_t *sort_keys_ = nullptr, *sorted_ids_ = nullptr, *sort_rows_ = nullptr, *sorted_rows_ = nullptr;  // [M]

@@ -374,10 +374,9 @@ class CudaModel final : public Model {
   void* x_ = nullptr;              // Real, panels
   float* dx_ = nullptr;            // [M, D]
   float* o_ = nullptr;             // [M, D] summed readout input, then o in place
-  float* broca_ = nullptr;         // [M, D]
   void* broca_real_ = nullptr;     // Real [M, D]
   float* inverse_rms_ = nullptr;   // [M]
-  float* d_broca_ = nullptr;       // [M, D] dE/d broca, then dE/d o in place
+  float* d_broca_ = nullptr;       // [M, D] dE/d broca, then dE/d o in place; broca as float on its way to the caller
   void* readout_error_ = nullptr;  // Real, panels: dE/d(summed readout input)
   float* row_loss_ = nullptr;      // [M]
   int32_t* row_best_ = nullptr;    // [M]

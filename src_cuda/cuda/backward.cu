@@ -16,9 +16,11 @@ constexpr int kScanAhead = 8;  // tokens whose inputs are loaded before they are
 
 // dE/d broca -> dE/d o in place, broca = f o with f = 1/rms; a block a row, see row_threads().
 template <class Real>
-__global__ void unnormalize_kernel(const Real* broca, const float* inverse_rms, int64_t dim, float* error) {
+__global__ void unnormalize_kernel(const Real* broca, const float* inverse_rms, int dim, float* error) {
   __shared__ float room[32];
-  const int64_t row = blockIdx.x, step = 4 * blockDim.x, begin = 4 * threadIdx.x, loose = begin + kHeldFours * step;
+  const int64_t row = blockIdx.x;
+  const int step = 4 * blockDim.x, begin = 4 * threadIdx.x, loose = begin + kHeldFours * step;
+  const float factor = inverse_rms[row];
   broca += row * dim;
   error += row * dim;
   const auto product = [](float4 e, float4 b) { return e.x * b.x + e.y * b.y + e.z * b.z + e.w * b.w; };
@@ -31,9 +33,10 @@ __global__ void unnormalize_kernel(const Real* broca, const float* inverse_rms, 
   float overlap = 0;
 #pragma unroll
   for (int k = 0; k < kHeldFours; ++k) overlap += product(held[k], unpack<Real>(spoken[k]));
-  for (int64_t j = loose; j < dim; j += step) overlap += product(load4(error + j), load4(broca + j));
-  const float mean = block_sum(overlap, room) / dim, factor = inverse_rms[row];
-  const auto put = [&](int64_t j, float4 e, float4 b) {
+#pragma unroll 1
+  for (int j = loose; j < dim; j += step) overlap += product(load4(error + j), load4(broca + j));
+  const float mean = block_sum(overlap, room) / dim;
+  const auto put = [&](int j, float4 e, float4 b) {
     store4(error + j, {factor * (e.x - b.x * mean), factor * (e.y - b.y * mean), factor * (e.z - b.z * mean),
                        factor * (e.w - b.w * mean)});
   };
@@ -41,7 +44,8 @@ __global__ void unnormalize_kernel(const Real* broca, const float* inverse_rms, 
   for (int k = 0; k < kHeldFours; ++k) {
     if (begin + k * step < dim) put(begin + k * step, held[k], unpack<Real>(spoken[k]));
   }
-  for (int64_t j = loose; j < dim; j += step) put(j, load4(error + j), load4(broca + j));
+#pragma unroll 1
+  for (int j = loose; j < dim; j += step) put(j, load4(error + j), load4(broca + j));
 }
 
 // dE/d o -> dE/d(summed readout input), in panels: the integrator's adjoint; a thread follows one channel of one
@@ -234,7 +238,7 @@ void CudaModel::readout_errors() {
   with_real(spec_.bf16, [&](auto real) {
     using Real = decltype(real);
     unnormalize_kernel<<<static_cast<unsigned>(rows_), row_threads(spec_.dim), 0, stream_.get()>>>(
-        static_cast<const Real*>(broca_real_), inverse_rms_, int64_t{spec_.dim}, d_broca_);
+        static_cast<const Real*>(broca_real_), inverse_rms_, spec_.dim, d_broca_);
     launched();
     readout_adjoint_kernel<<<static_cast<int>((channels + 127) / 128), 128, 0, stream_.get()>>>(
         d_broca_, kappa_, has_resets_ ? resets_ : nullptr, call_streams_, call_tokens_, int64_t{spec_.dim},

@@ -187,9 +187,10 @@ __global__ void integrate_kernel(const float* kappa, const float* before, const 
 
 // broca = o / sqrt(mean(o^2) + eps), as float, as Real or both; a block a row, see row_threads().
 template <class Real>
-__global__ void normalize_kernel(const float* o, int64_t dim, float* broca, Real* broca_real, float* inverse_rms) {
+__global__ void normalize_kernel(const float* o, int dim, float* broca, Real* broca_real, float* inverse_rms) {
   __shared__ float room[32];
-  const int64_t row = blockIdx.x, step = 4 * blockDim.x, begin = 4 * threadIdx.x, loose = begin + kHeldFours * step;
+  const int64_t row = blockIdx.x;
+  const int step = 4 * blockDim.x, begin = 4 * threadIdx.x, loose = begin + kHeldFours * step;
   const float* const from = o + row * dim;
   const auto square = [](float4 x) { return x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w; };
   float4 held[kHeldFours] = {};
@@ -200,9 +201,10 @@ __global__ void normalize_kernel(const float* o, int64_t dim, float* broca, Real
   float squares = 0;
 #pragma unroll
   for (int k = 0; k < kHeldFours; ++k) squares += square(held[k]);
-  for (int64_t j = loose; j < dim; j += step) squares += square(load4(from + j));
+#pragma unroll 1
+  for (int j = loose; j < dim; j += step) squares += square(load4(from + j));
   const float factor = 1.0f / sqrtf(block_sum(squares, room) / dim + kRmsEpsilon);
-  const auto put = [&](int64_t j, float4 x) {
+  const auto put = [&](int j, float4 x) {
     const float4 y = {x.x * factor, x.y * factor, x.z * factor, x.w * factor};
     if (broca) store4(broca + row * dim + j, y);
     if (broca_real) store4(broca_real + row * dim + j, y);
@@ -211,7 +213,8 @@ __global__ void normalize_kernel(const float* o, int64_t dim, float* broca, Real
   for (int k = 0; k < kHeldFours; ++k) {
     if (begin + k * step < dim) put(begin + k * step, held[k]);
   }
-  for (int64_t j = loose; j < dim; j += step) put(j, load4(from + j));
+#pragma unroll 1
+  for (int j = loose; j < dim; j += step) put(j, load4(from + j));
   if (inverse_rms && threadIdx.x == 0) inverse_rms[row] = factor;
 }
 
@@ -275,7 +278,7 @@ void CudaModel::normalize_rows(const float* o, int64_t rows, float* broca, void*
   with_real(spec_.bf16, [&](auto real) {
     using Real = decltype(real);
     normalize_kernel<<<static_cast<unsigned>(rows), row_threads(spec_.dim), 0, stream_.get()>>>(
-        o, int64_t{spec_.dim}, broca, static_cast<Real*>(broca_real), inverse_rms);
+        o, spec_.dim, broca, static_cast<Real*>(broca_real), inverse_rms);
   });
   launched();
 }

@@ -75,6 +75,7 @@ BRAINS = {
     "sparse": sparse_brain(),
     "tied": sparse_brain(tie_decoder=True, dropout=0.2),
     "binary": sparse_brain(graded=False, surrogate_k=2.0, max_spike=None),
+    "wordy": ng.Config.preset("tiny", vocab_size=5003),  # rows that walk_rows_kernel takes, with five values of padding
 }
 # Every B of 1, 3, 64, 65, 130 and every T of 1, 2, 31, 512; with resets where the last field says so.
 CASES = [
@@ -91,6 +92,8 @@ CASES = [
     ("tied", 130, 2, True),
     ("tied", 3, 31, False),
     ("binary", 65, 31, True),
+    ("wordy", 65, 31, True),
+    ("wordy", 3, 2, False),
 ]
 
 

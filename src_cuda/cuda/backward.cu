@@ -16,16 +16,38 @@ constexpr int kScanThreads = 32;
 constexpr int kFewStreams = 8;
 constexpr int kScanAhead = 8;  // tokens whose inputs are loaded before they are needed
 
-// dE/d broca -> dE/d o in place, broca = f o with f = 1/rms; a warp a row.
-__global__ void unnormalize_kernel(const float* broca, const float* inverse_rms, int64_t rows, int64_t dim,
-                                   float* error) {
-  const int64_t row = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / 32;
-  if (row >= rows) return;
-  const int lane = threadIdx.x % 32;
+// dE/d broca -> dE/d o in place, broca = f o with f = 1/rms; a block a row, see row_threads().
+template <class Real>
+__global__ void unnormalize_kernel(const Real* broca, const float* inverse_rms, int dim, float* error) {
+  __shared__ float room[32];
+  const int64_t row = blockIdx.x;
+  const int step = 4 * blockDim.x, begin = 4 * threadIdx.x, loose = begin + kHeldFours * step;
+  const float factor = inverse_rms[row];
+  broca += row * dim;
+  error += row * dim;
+  const auto product = [](float4 e, float4 b) { return e.x * b.x + e.y * b.y + e.z * b.z + e.w * b.w; };
+  float4 held[kHeldFours] = {};
+  Four<Real> spoken[kHeldFours] = {};
+#pragma unroll
+  for (int k = 0; k < kHeldFours; ++k) {
+    if (begin + k * step < dim) held[k] = load4(error + begin + k * step), spoken[k] = fetch4(broca + begin + k * step);
+  }
   float overlap = 0;
-  for (int64_t j = row * dim + lane; j < (row + 1) * dim; j += 32) overlap += error[j] * broca[j];
-  const float mean = warp_sum(overlap) / dim, factor = inverse_rms[row];
-  for (int64_t j = row * dim + lane; j < (row + 1) * dim; j += 32) error[j] = factor * (error[j] - broca[j] * mean);
+#pragma unroll
+  for (int k = 0; k < kHeldFours; ++k) overlap += product(held[k], unpack<Real>(spoken[k]));
+#pragma unroll 1
+  for (int j = loose; j < dim; j += step) overlap += product(load4(error + j), load4(broca + j));
+  const float mean = block_sum(overlap, room) / dim;
+  const auto put = [&](int j, float4 e, float4 b) {
+    store4(error + j, {factor * (e.x - b.x * mean), factor * (e.y - b.y * mean), factor * (e.z - b.z * mean),
+                       factor * (e.w - b.w * mean)});
+  };
+#pragma unroll
+  for (int k = 0; k < kHeldFours; ++k) {
+    if (begin + k * step < dim) put(begin + k * step, held[k], unpack<Real>(spoken[k]));
+  }
+#pragma unroll 1
+  for (int j = loose; j < dim; j += step) put(j, load4(error + j), load4(broca + j));
 }
 
 // dE/d o -> dE/d(summed readout input), in panels: the integrator's adjoint; a thread follows one channel of one
@@ -192,12 +214,12 @@ __global__ void sum_bias_kernel(const RegionView* regions, const TileName* tiles
 }  // namespace
 
 void CudaModel::readout_errors() {
-  unnormalize_kernel<<<static_cast<int>((rows_ * 32 + 255) / 256), 256, 0, stream_.get()>>>(
-      broca_, inverse_rms_, rows_, int64_t{spec_.dim}, d_broca_);
-  launched();
   const int64_t channels = int64_t{call_streams_} * spec_.dim;
   with_real(spec_.bf16, [&](auto real) {
     using Real = decltype(real);
+    unnormalize_kernel<<<static_cast<unsigned>(rows_), row_threads(spec_.dim), 0, stream_.get()>>>(
+        static_cast<const Real*>(broca_real_), inverse_rms_, spec_.dim, d_broca_);
+    launched();
     readout_adjoint_kernel<<<static_cast<int>((channels + 127) / 128), 128, 0, stream_.get()>>>(
         d_broca_, kappa_, has_resets_ ? resets_ : nullptr, call_streams_, call_tokens_, int64_t{spec_.dim},
         panel_values(), static_cast<Real*>(readout_error_));

@@ -82,7 +82,8 @@ void CudaModel::advance(State& state, const Tokens& tokens, float* broca) {
   judge(false);
   commit();
   if (broca) {
-    copy_out(broca, broca_ + (rows_ - call_streams_) * spec_.dim, sizeof(float) * call_streams_ * spec_.dim);
+    normalize_rows(o_ + (rows_ - call_streams_) * spec_.dim, call_streams_, d_broca_, nullptr, nullptr);
+    copy_out(broca, d_broca_, sizeof(float) * call_streams_ * spec_.dim);
   }
   require_finite(finish(0));
 }
@@ -198,7 +199,7 @@ void CudaModel::for_logits(const Input& broca, int64_t rows, Body body) {
   }
 }
 
-// One token of generation, on the device alone: logits of broca_, a draw, the token through the brain, state kept.
+// One token of generation, on the device alone: logits of broca_real_, a draw, the token through the brain, state kept.
 void CudaModel::speak() {
   float* logits = sampling_logits();
   const int64_t streams = call_streams_;
@@ -224,8 +225,8 @@ int CudaModel::generate(State& state, float* broca, const Sampling& sampling, in
   refresh_derived();
   begin(own, own.streams(), 1);
   const size_t bytes = sizeof(float) * rows_ * spec_.dim;
-  copy_in(broca_, broca, bytes);
-  to_real(broca_, rows_ * spec_.dim, broca_real_);
+  copy_in(d_broca_, broca, bytes);
+  to_real(d_broca_, rows_ * spec_.dim, broca_real_);
   const int64_t batch = capacity_ / rows_;
   Sampling from = sampling;
   for (int64_t token = 0; token < count; token += batch) {
@@ -245,7 +246,8 @@ int CudaModel::generate(State& state, float* broca, const Sampling& sampling, in
     const Verdict& verdict = finish(0);
     if (!verdict.ok) return static_cast<int>(verdict.heard);
   }
-  copy_out(broca, broca_, bytes);
+  if (count > 0) normalize_rows(o_, rows_, d_broca_, nullptr, nullptr);
+  copy_out(broca, d_broca_, bytes);
   wait();
   return count;
 }

@@ -185,26 +185,37 @@ __global__ void integrate_kernel(const float* kappa, const float* before, const 
   if (!(fabsf(value) <= kLargestState)) atomicOr(&verdict->state_not_finite, 1);
 }
 
-// broca = o / sqrt(mean(o^2) + eps); a warp a row.
+// broca = o / sqrt(mean(o^2) + eps), as float, as Real or both; a block a row, see row_threads().
 template <class Real>
-__global__ void normalize_kernel(const float* o, int64_t rows, int64_t dim, float* broca, Real* broca_real,
-                                 float* inverse_rms) {
-  const int64_t row = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / 32;
-  if (row >= rows) return;
-  const int lane = threadIdx.x % 32 * 4;
+__global__ void normalize_kernel(const float* o, int dim, float* broca, Real* broca_real, float* inverse_rms) {
+  __shared__ float room[32];
+  const int64_t row = blockIdx.x;
+  const int step = 4 * blockDim.x, begin = 4 * threadIdx.x, loose = begin + kHeldFours * step;
+  const float* const from = o + row * dim;
+  const auto square = [](float4 x) { return x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w; };
+  float4 held[kHeldFours] = {};
+#pragma unroll
+  for (int k = 0; k < kHeldFours; ++k) {
+    if (begin + k * step < dim) held[k] = load4(from + begin + k * step);
+  }
   float squares = 0;
-  for (int64_t j = lane; j < dim; j += 128) {
-    const float4 x = load4(o + row * dim + j);
-    squares += x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
-  }
-  const float factor = 1.0f / sqrtf(warp_sum(squares) / dim + kRmsEpsilon);
-  for (int64_t j = lane; j < dim; j += 128) {
-    const float4 x = load4(o + row * dim + j);
+#pragma unroll
+  for (int k = 0; k < kHeldFours; ++k) squares += square(held[k]);
+#pragma unroll 1
+  for (int j = loose; j < dim; j += step) squares += square(load4(from + j));
+  const float factor = 1.0f / sqrtf(block_sum(squares, room) / dim + kRmsEpsilon);
+  const auto put = [&](int j, float4 x) {
     const float4 y = {x.x * factor, x.y * factor, x.z * factor, x.w * factor};
-    store4(broca + row * dim + j, y);
+    if (broca) store4(broca + row * dim + j, y);
     if (broca_real) store4(broca_real + row * dim + j, y);
+  };
+#pragma unroll
+  for (int k = 0; k < kHeldFours; ++k) {
+    if (begin + k * step < dim) put(begin + k * step, held[k]);
   }
-  if (inverse_rms && threadIdx.x % 32 == 0) inverse_rms[row] = factor;
+#pragma unroll 1
+  for (int j = loose; j < dim; j += step) put(j, load4(from + j));
+  if (inverse_rms && threadIdx.x == 0) inverse_rms[row] = factor;
 }
 
 // Spikes of every neuron in the call: exact in any order, they are whole numbers.
@@ -262,14 +273,14 @@ void CudaModel::forward() {
   integrate_kernel<<<static_cast<int>((channels + 127) / 128), 128, 0, stream_.get()>>>(
       kappa_, active_->o(), has_resets_ ? resets_ : nullptr, call_streams_, call_tokens_, spec_.dim, o_, verdict_);
   launched();
-  normalize_rows(o_, rows_, broca_, broca_real_, inverse_rms_);
+  normalize_rows(o_, rows_, nullptr, broca_real_, inverse_rms_);
 }
 
 void CudaModel::normalize_rows(const float* o, int64_t rows, float* broca, void* broca_real, float* inverse_rms) {
   with_real(spec_.bf16, [&](auto real) {
     using Real = decltype(real);
-    normalize_kernel<<<static_cast<int>((rows * 32 + kWide - 1) / kWide), kWide, 0, stream_.get()>>>(
-        o, rows, int64_t{spec_.dim}, broca, static_cast<Real*>(broca_real), inverse_rms);
+    normalize_kernel<<<static_cast<unsigned>(rows), row_threads(spec_.dim), 0, stream_.get()>>>(
+        o, spec_.dim, broca, static_cast<Real*>(broca_real), inverse_rms);
   });
   launched();
 }

@@ -162,7 +162,6 @@ void CudaModel::lay_out_workspace() {
   x_ = take_panels(part, dim);
   dx_ = arena_.take<float>(part, rows * dim);
   o_ = arena_.take<float>(part, rows * dim);
-  broca_ = arena_.take<float>(part, rows * dim);
   broca_real_ = take_real(part, rows * dim);
   inverse_rms_ = arena_.take<float>(part, rows);
   d_broca_ = arena_.take<float>(part, rows * dim);

@@ -254,6 +254,7 @@ class CudaModel final : public Model {
 
   // decoder.cu
   void lay_out_decoder();
+  int walk_threads() const;
   void score(bool want_gradient, bool accumulate);  // row_loss_, row_best_; with the gradient d_broca_, dW, dc
   void logits_on_device(const void* broca_real, int64_t rows, float* out);  // float [rows, V] with the bias
   void to_real(const float* from, int64_t count, void* to);
@@ -383,10 +384,9 @@ class CudaModel final : public Model {
   void* x_ = nullptr;              // Real, panels
   float* dx_ = nullptr;            // [M, D]
   float* o_ = nullptr;             // [M, D] summed readout input, then o in place
-  float* broca_ = nullptr;         // [M, D]
   void* broca_real_ = nullptr;     // Real [M, D]
   float* inverse_rms_ = nullptr;   // [M]
-  float* d_broca_ = nullptr;       // [M, D] dE/d broca, then dE/d o in place
+  float* d_broca_ = nullptr;       // [M, D] dE/d broca, then dE/d o in place; broca as float on its way to the caller
   void* readout_error_ = nullptr;  // Real, panels: dE/d(summed readout input)
   float* row_loss_ = nullptr;      // [M]
   int32_t* row_best_ = nullptr;    // [M]
@@ -395,7 +395,7 @@ class CudaModel final : public Model {
   int64_t logit_rows_ = 0, logit_ld_ = 0;
   void* logits_ = nullptr;  // Real [logit_rows, logit_ld] (score), or float [logit_rows/2, V] (sampling)
   void* blas_workspace_ = nullptr;
-  float* bias_part_ = nullptr;  // scratch of dc
+  float* bias_part_ = nullptr;  // scratch of dc: rows of logit_ld
 
   // Embedding gradient.
   uint32_t *sort_keys_ = nullptr, *sorted_ids_ = nullptr, *sort_rows_ = nullptr, *sorted_rows_ = nullptr;  // [M]

@@ -104,6 +104,14 @@ __device__ inline Four<Real> pack(float4 x) {
   return out;
 }
 
+// Rows of D values (a multiple of 32) that are gone through twice, a block of threads a row: a thread keeps kHeldFours
+// fours of its row between the two, so that it is read once (D <= 4,096); the rest of a longer row is read again.
+constexpr int kHeldFours = 4;
+inline int row_threads(int dim) {
+  const int threads = (dim + 4 * 32 * kHeldFours - 1) / (4 * 32 * kHeldFours) * 32;
+  return threads < 256 ? threads : 256;
+}
+
 // N neighbouring values as they are stored, aligned to N.
 template <class Real, int N>
 struct alignas(N * sizeof(Real)) Few {

@@ -81,13 +81,9 @@ struct Sources<bf16> {
     raw = uint4{0, 0, 0, 0};
     if (static_cast<int>(threadIdx.x % 32 / 4) < rows) raw = __ldcg(reinterpret_cast<const uint4*>(own(from)));
   }
-  __device__ void look(const bf16* from, int rows) {
-    raw = uint4{0, 0, 0, 0};
-    if (static_cast<int>(threadIdx.x % 32 / 4) < rows) raw = peek(own(from));
-  }
-  __device__ bool missing() const { return absent(raw); }
-  __device__ void look_again(const bf16* from) {
-    if (missing()) raw = peek(own(from));
+  // from: what this lane reads; not `mine`: what is there stays.
+  __device__ void look(const bf16* from, bool mine) {
+    if (mine) raw = peek(from);
   }
   // Silences row g where `keep` is false (each lane passes the flag of its own row g).
   __device__ void mask(bool keep) {
@@ -103,7 +99,14 @@ struct Sources<float> {
     for (int c = 0; c < 2; ++c) at[c] = lane_row() + c < rows ? from + (lane_row() + c) * kBlock : nullptr;
     mine = static_cast<int>(threadIdx.x % 32 / 4) < rows;
   }
-  __device__ void look(const float* from, int rows) { load(from, rows); }
+  static __device__ const float* own(const float* from) { return from; }
+  __device__ void look(const float* from, bool row_counts) {
+    for (int c = 0; c < 2; ++c) {  // whether rows 2t and 2t+1 count is known in the lanes of those rows
+      const bool there = __shfl_sync(0xffffffffu, static_cast<int>(row_counts), (lane_row() + c) * 4);
+      at[c] = there ? from + (lane_row() + c) * kBlock : nullptr;
+    }
+    mine = row_counts;
+  }
   // The lanes of row g wait for it: 8t .. 8t+7 each.
   __device__ void settle(const float* from) {
     const float* own = from + threadIdx.x % 32 * 8;
@@ -125,13 +128,54 @@ __device__ inline void tensor_product(float& c0, float& c1, float& c2, float& c3
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// sums += block * sources.
-__device__ inline void multiply_add(Sums& sums, const BlockWeights<bf16>& w, const Sources<bf16>& s) {
+// A bf16 block as the four products of the tensor core need it, operand after operand: no register moves before a
+// product, which is half the instructions of one. That is how blocks stay in shared memory.
+struct KeptBlock {
+  uint4 operand[4];
+  __device__ void load(const void* block) {
+    const uint4* from = static_cast<const uint4*>(block) + threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) operand[i] = from[i * 32];
+  }
+  KeptBlock() = default;
+  __device__ explicit KeptBlock(const BlockWeights<bf16>& w) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint4 &even = w.row[2 * i], &odd = w.row[2 * i + 1];
+      operand[i] = uint4{even.x, odd.x, even.y, odd.y}, operand[2 + i] = uint4{even.z, odd.z, even.w, odd.w};
+    }
+  }
+};
+
+// Part i of 0 .. 63 of keeping a block: to and block are aligned to 16 bytes.
+constexpr int kKeepParts = 64;
+__device__ inline void keep_block(uint4* to, const uint4* block, int i) {
+  const int pair = i / 32, lane = i % 32;
+  const uint4 even = block[pair * 64 + lane], odd = block[pair * 64 + 32 + lane];
+  to[pair * 32 + lane] = uint4{even.x, odd.x, even.y, odd.y};
+  to[64 + pair * 32 + lane] = uint4{even.z, odd.z, even.w, odd.w};
+}
+
+// sums += block * sources (16 bytes a lane, as in Sources<bf16>).
+__device__ inline void multiply_add(Sums& sums, const KeptBlock& block, const uint4& source) {
   float (&x)[4][2] = sums.x;
-  tensor_product(x[0][0], x[0][1], x[1][0], x[1][1], w.row[0].x, w.row[1].x, w.row[0].y, w.row[1].y, s.raw.x, s.raw.y);
-  tensor_product(x[2][0], x[2][1], x[3][0], x[3][1], w.row[2].x, w.row[3].x, w.row[2].y, w.row[3].y, s.raw.x, s.raw.y);
-  tensor_product(x[0][0], x[0][1], x[1][0], x[1][1], w.row[0].z, w.row[1].z, w.row[0].w, w.row[1].w, s.raw.z, s.raw.w);
-  tensor_product(x[2][0], x[2][1], x[3][0], x[3][1], w.row[2].z, w.row[3].z, w.row[2].w, w.row[3].w, s.raw.z, s.raw.w);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const unsigned low = half ? source.z : source.x, high = half ? source.w : source.y;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      const uint4& part = block.operand[half * 2 + i / 2];
+      tensor_product(x[i][0], x[i][1], x[i + 1][0], x[i + 1][1], part.x, part.y, part.z, part.w, low, high);
+    }
+  }
+}
+
+// sums += block * sources.
+__device__ inline void multiply_add(Sums& sums, const KeptBlock& block, const Sources<bf16>& s) {
+  multiply_add(sums, block, s.raw);
+}
+__device__ inline void multiply_add(Sums& sums, const BlockWeights<bf16>& w, const Sources<bf16>& s) {
+  multiply_add(sums, KeptBlock(w), s.raw);
 }
 
 __device__ inline void multiply_add(Sums& sums, const BlockWeights<float>& w, const Sources<float>& s) {

@@ -35,6 +35,7 @@ struct BrainCall {
   Verdict* verdict;
   int streams, tokens, levels, stream_group, region_count, base_grid;
   int table_bytes;   // of shared memory before the resident blocks
+  bool near;         // constants of the share's neurons are among them
   int slots;         // resident blocks of a share at most
   bool local_state;  // past, w and spike counts stay in shared memory, after the resident blocks; else there is room
                      // for what a warp works on, v and w are in global memory, and count_spikes_kernel counts
@@ -44,15 +45,49 @@ struct BrainCall {
   Dropout dropout;
 };
 
-// What a warp needs of its block of threads, all in shared memory.
+// A term in shared memory.
+struct NearTerm {
+  const void* source;  // row 0 of a panel
+  int32_t where;       // of its block: bytes from the first resident one, or ~number where it is streamed
+  int32_t delay;
+};
+
+// What a warp needs of its block of threads, all in shared memory but `far`.
 template <class Real>
 struct BrainTables {
   const RegionView* regions;
   const StateView* states;
   const BrainTile* tiles;
-  const Term* terms;     // of this share
-  const Real* resident;  // blocks
+  const NearTerm* terms;  // of this share
+  const char* resident;   // blocks; bf16: as KeptBlock has them
+  const Term* far;        // the same terms
 };
+
+// sums += a term's block * sources. Two ways, so that resident blocks reach the tensor core without register moves.
+template <int Steps>
+__device__ inline void multiply_term(Sums (&sums)[Steps], int where, const BrainTables<bf16>& tables,
+                                     const void* weights, const Sources<bf16> (&sources)[Steps]) {
+  if (where >= 0) {
+    KeptBlock block;
+    block.load(tables.resident + where);
+#pragma unroll
+    for (int i = 0; i < Steps; ++i) multiply_add(sums[i], block, sources[i]);
+  } else {
+    BlockWeights<bf16> block;
+    block.load(static_cast<const bf16*>(weights) + int64_t{~where} * kBlockArea);
+#pragma unroll
+    for (int i = 0; i < Steps; ++i) multiply_add(sums[i], block, sources[i]);
+  }
+}
+template <int Steps>
+__device__ inline void multiply_term(Sums (&sums)[Steps], int where, const BrainTables<float>& tables,
+                                     const void* weights, const Sources<float> (&sources)[Steps]) {
+  BlockWeights<float> block;
+  block.load(where < 0 ? static_cast<const float*>(weights) + int64_t{~where} * kBlockArea
+                       : reinterpret_cast<const float*>(tables.resident + where));
+#pragma unroll
+  for (int i = 0; i < Steps; ++i) multiply_add(sums[i], block, sources[i]);
+}
 
 // past and w of a lane's neurons in shared memory, in the lane's own order, and how often they spoke.
 template <int Cells>
@@ -66,14 +101,14 @@ struct LocalState {
 __device__ inline float emit(float v, float max_spike) { return v > 1.0f ? fminf(v, max_spike) : 0.0f; }
 
 __device__ inline float past_of(float v, float w, float s, float alpha) {
-  return fmaf(alpha, v, -s) - fmaf(-alpha, w, w);
+  return fmaf(alpha - 1.0f, w, fmaf(alpha, v, -s));
 }
 
-// 2 sigmoid(x). The fast form is good to 1e-6, far below a bf16 gate's rounding.
+// 2 sigmoid(x) = 1 + tanh(x / 2). The fast form is good to 2^-11, an eighth of a bf16 gate's rounding.
 __device__ inline float gate_of(float x, bf16) {
-  float power;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(-1.442695041f * x));
-  return reciprocal(fmaf(0.5f, power, 0.5f));
+  float out;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(out) : "f"(0.5f * x));
+  return 1.0f + out;
 }
 __device__ inline float gate_of(float x, float) { return 2.0f / (1.0f + expf(-x)); }
 
@@ -92,17 +127,17 @@ __device__ inline void speak4(float* to, const Four<float>& x) {
 __device__ inline void as_array(float (&to)[4], float4 x) { to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w; }
 
 // Waits until all that was asked for is there, asking for what is missing together; patient: leaves the memory to
-// others between two looks.
+// others between two looks. from: what this lane reads of step 0.
 template <int Ahead, int Steps>
 __device__ void settle(Sources<bf16> (&sources)[Ahead][Steps], const bf16* const (&from)[Ahead], int, bool patient) {
-  const auto missing = [&] {
-    bool out = false;
+  const auto missing = [&] {  // one comparison for all: no other word is as large
+    unsigned largest = 0;
 #pragma unroll
     for (int j = 0; j < Ahead; ++j) {
 #pragma unroll
-      for (int i = 0; i < Steps; ++i) out |= sources[j][i].missing();
+      for (int i = 0; i < Steps; ++i) largest = max(largest, max(sources[j][i].raw.x, sources[j][i].raw.z));
     }
-    return out;
+    return largest == ~0u;
   };
 #pragma unroll 1
   while (__any_sync(0xffffffffu, missing())) {
@@ -110,16 +145,37 @@ __device__ void settle(Sources<bf16> (&sources)[Ahead][Steps], const bf16* const
 #pragma unroll
     for (int j = 0; j < Ahead; ++j) {
 #pragma unroll
-      for (int i = 0; i < Steps; ++i) sources[j][i].look_again(from[j] + i * kStepValues);
+      for (int i = 0; i < Steps; ++i) {
+        if (absent(sources[j][i].raw)) sources[j][i].raw = peek(from[j] + i * kStepValues);
+      }
     }
   }
 }
 template <int Ahead, int Steps>
 __device__ void settle(Sources<float> (&sources)[Ahead][Steps], const float* const (&from)[Ahead], int count, bool) {
-  for (int j = 0; j < count; ++j) {
-    for (int i = 0; i < Steps; ++i) sources[j][i].settle(from[j] + i * kStepValues);
+#pragma unroll
+  for (int j = 0; j < Ahead; ++j) {
+    for (int i = 0; i < Steps && j < count; ++i) sources[j][i].settle(from[j] + i * kStepValues);
   }
 }
+
+// Spikes of a lane's receivers, counted without a branch: two 16-bit counters a word.
+struct Spoken {
+  uint32_t pair[2] = {0, 0};
+  __device__ void add(const Four<bf16>& s) {
+    const auto two = [](uint32_t raw) {
+      return __hne2_mask(reinterpret_cast<const __nv_bfloat162&>(raw), __float2bfloat162_rn(0.0f)) & 0x00010001u;
+    };
+    pair[0] += two(s.raw.x), pair[1] += two(s.raw.y);
+  }
+  __device__ void add(const Four<float>& s) {
+    pair[0] += (s.raw.x > 0) + ((s.raw.y > 0) << 16), pair[1] += (s.raw.z > 0) + ((s.raw.w > 0) << 16);
+  }
+  __device__ int4 plus(int4 x) const {
+    return {x.x + static_cast<int>(pair[0] & 0xffff), x.y + static_cast<int>(pair[0] >> 16),
+            x.z + static_cast<int>(pair[1] & 0xffff), x.w + static_cast<int>(pair[1] >> 16)};
+  }
+};
 
 // v and w of earlier tokens on their way from memory to where run_tile() keeps past and w.
 template <int Steps, int Columns>
@@ -162,9 +218,9 @@ __device__ void prefetch_weights(const BrainCall& call, const BrainTables<Real>&
   constexpr int kLines = kBlockArea * sizeof(Real) / 128;
   const int lane = threadIdx.x % 32;
   for (int i = tile.terms[0] * kLines + lane; i < tile.terms[3] * kLines; i += 32) {
-    const Term& term = tables.terms[i / kLines];
-    if (term.slot < call.slots) continue;
-    const char* line = static_cast<const char*>(call.weights) + (int64_t{term.block} * kLines + i % kLines) * 128;
+    const int where = tables.terms[i / kLines].where;
+    if (where >= 0) continue;
+    const char* line = static_cast<const char*>(call.weights) + (int64_t{~where} * kLines + i % kLines) * 128;
     asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
   }
 }
@@ -174,7 +230,7 @@ __device__ void prefetch_weights(const BrainCall& call, const BrainTables<Real>&
 template <class Real, int Steps, int Columns, bool Plain>
 __device__ void run_tile(const BrainCall& call, const BrainTables<Real>& tables, const BrainTile& tile, int token,
                          int stream0, int left, LocalState<Steps * Columns>& local) {
-  constexpr int kAhead = Steps == 1 ? 7 : NG_AHEAD;  // terms whose spikes are asked for before the first is used
+  constexpr int kAhead = Steps == 1 ? 7 : 3;  // terms whose spikes are asked for before the first is used
   const int lane = threadIdx.x % 32;
   const int row0 = token * call.streams + stream0, first = (row0 + lane_row()) * kBlock + lane_receiver();
   const bool last = token == call.tokens - 1, gated = tile.gated;
@@ -203,7 +259,7 @@ __device__ void run_tile(const BrainCall& call, const BrainTables<Real>& tables,
     return float4{sums[i].x[0][c], sums[i].x[1][c], sums[i].x[2][c], sums[i].x[3][c]};
   };
   const auto take_bias = [&] {
-    const float4 bias = load4(in_global<const float>(const_cast<float*>(tile.bias)) + lane_receiver());
+    const float4 bias = load4(tile.bias + lane_receiver());
     for_rows([&](int i, int c, int) { take(i, c, bias); });
   };
 #pragma unroll
@@ -259,49 +315,57 @@ __device__ void run_tile(const BrainCall& call, const BrainTables<Real>& tables,
       take(i, c, {x.x * gate.x, x.y * gate.y, x.z * gate.z, x.w * gate.w});
     });
   };
-  const auto source_of = [&](const Term& term) {
-    int64_t row = (token - term.delay) * call.streams + stream0;
-    const void* base = term.source;
-    if (token < term.delay) {  // spoken in an earlier call: [K, S] rows, newest first
-      base = tables.states[term.region].recent;
-      row = (int64_t{term.panel} * tables.regions[term.region].history + (term.delay - 1 - token)) * call.streams +
-            stream0;
-    }
-    return in_global<const Real>(const_cast<void*>(base)) + row * kBlock;
-  };
   // Terms lie kind after kind: gates, drives, delayed. Those of all kinds are asked for at once, and used kind by kind.
+  // What is not asked for (rows beyond `left`, fewer terms) keeps the zeros or the spikes that were there.
+  Sources<Real> sources[kAhead][Steps] = {};
+  const Real* from[kAhead] = {};
+  bool mine[Steps];
+#pragma unroll
+  for (int i = 0; i < Steps; ++i) mine[i] = i * kRows + lane / 4 < left;
   int kind = gated ? 0 : 1, at = tile.terms[kind], used = at;
+  const int end = tile.terms[3];
   do {
-    const int count = min(kAhead, tile.terms[3] - at);
-    const Real* from[kAhead];
-    Sources<Real> sources[kAhead][Steps];
+    const int count = min(kAhead, end - at);
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) {
-      if (j < count) from[j] = source_of(tables.terms[at + j]);
+      if (j >= count) continue;
+      const NearTerm term = tables.terms[at + j];
+      from[j] = Sources<Real>::own(static_cast<const Real*>(term.source) + (row0 - term.delay * call.streams) * kBlock);
+    }
+    if (token < tile.reach) {  // some were spoken in an earlier call: [K, S] rows, newest first
 #pragma unroll
-      for (int i = 0; i < Steps; ++i) sources[j][i].look(from[j] + i * kStepValues, j < count ? left - i * kRows : 0);
+      for (int j = 0; j < kAhead; ++j) {
+        if (j >= count) continue;
+        const Term& term = tables.far[at + j];
+        if (token >= term.delay) continue;
+        const int64_t row =
+            (int64_t{term.panel} * tables.regions[term.region].history + (term.delay - 1 - token)) * call.streams +
+            stream0;
+        from[j] = Sources<Real>::own(static_cast<const Real*>(tables.states[term.region].recent) + row * kBlock);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+#pragma unroll
+      for (int i = 0; i < Steps; ++i) {
+        if (j < count) sources[j][i].look(in_global<const Real>(const_cast<Real*>(from[j])) + i * kStepValues, mine[i]);
+      }
     }
     settle(sources, from, count, Steps > 1);
     for (;;) {
-      const int end = min(tile.terms[kind + 1], at + count);
+      const int stop = min(tile.terms[kind + 1], at + count);
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {
-        if (at + j < used || at + j >= end) continue;
-        const Term& term = tables.terms[at + j];
-        BlockWeights<Real> block;
-        if (term.slot < call.slots) {
-          block.load(tables.resident + term.slot * kBlockArea);
-        } else {
-          block.load(static_cast<const Real*>(call.weights) + int64_t{term.block} * kBlockArea);
-        }
+        if (at + j < used || at + j >= stop) continue;
+        const NearTerm term = tables.terms[at + j];
 #pragma unroll
         for (int i = 0; i < Steps; ++i) {
           if (!Plain && call.resets && term.delay) sources[j][i].mask(age[i] >= term.delay);
-          multiply_add(sums[i], block, sources[j][i]);
         }
+        multiply_term(sums, term.where, tables, call.weights, sources[j]);
       }
-      used = end;
-      if (end < tile.terms[kind + 1] || kind == 2) break;
+      used = stop;
+      if (stop < tile.terms[kind + 1] || kind == 2) break;
       if (gated) {
         if (kind == 0) close_gates();
         if (kind == 1) close_drives();
@@ -309,10 +373,10 @@ __device__ void run_tile(const BrainCall& call, const BrainTables<Real>& tables,
       ++kind;
     }
     at += count;
-  } while (at < tile.terms[3]);
+  } while (at < end);
 
   float alpha[4], gain[4], rho[4], a[4], b[4];
-  const float* constants = in_global<const float>(const_cast<float*>(tile.constants)) + lane_receiver();
+  const float* constants = tile.constants + lane_receiver();
   as_array(alpha, load4(constants)), as_array(gain, load4(constants + kBlock));
   as_array(rho, load4(constants + 2 * kBlock)), as_array(a, load4(constants + 3 * kBlock));
   as_array(b, load4(constants + 4 * kBlock));
@@ -320,8 +384,7 @@ __device__ void run_tile(const BrainCall& call, const BrainTables<Real>& tables,
   const bool remember = last || !call.local_state, recalled = token == 0 || !call.local_state;
   if (recalled) __pipeline_wait_prior(0);
   bool sound = true;
-  int spoken[4];
-  *reinterpret_cast<int4*>(spoken) = local.count[lane];
+  Spoken spoken;
   for_rows([&](int i, int c, int offset) {
     const int at = i * Columns + c, stream = i * kRows + lane_row() + c;
     float past[4], w[4], v[4], u[4], s[4];
@@ -340,13 +403,13 @@ __device__ void run_tile(const BrainCall& call, const BrainTables<Real>& tables,
       v[j] = fmaf(gain[j], sums[i].x[j][c], past[j]);
       u[j] = v[j] - 1.0f;
       s[j] = emit(v[j], call.max_spike);
-      spoken[j] += own[i][c] && s[j] > 0;
     }
     const Four<Real> spikes = pack<Real>({s[0], s[1], s[2], s[3]}), distances = pack<Real>({u[0], u[1], u[2], u[3]});
     as_array(s, unpack<Real>(spikes));
     if (own[i][c]) {
       speak4(s_at + offset, spikes);
       put4(u_at + offset, distances);
+      spoken.add(spikes);
     }
     if (!Plain && tile.emitted != tile.s && own[i][c]) {
       const float4 mask =
@@ -370,16 +433,18 @@ __device__ void run_tile(const BrainCall& call, const BrainTables<Real>& tables,
       for (int j = 0; j < 4; ++j) sound &= fabsf(v[j]) <= kLargestState && fabsf(w[j]) <= kLargestState;
     }
   });
-  local.count[lane] = *reinterpret_cast<int4*>(spoken);
+  const int4 count = spoken.plus(local.count[lane]);
+  local.count[lane] = count;
   if (!last) return;
   if (!sound) atomicOr(&call.verdict->state_not_finite, 1);
   if (!call.local_state) return;
   int* counts = tables.regions[tile.region].spike_count + tile.offset + lane_receiver();
+  const int own_counts[4] = {count.x, count.y, count.z, count.w};
 #pragma unroll
   for (int j = 0; j < 4; ++j) {  // whole numbers: exact in any order
-    spoken[j] += __shfl_xor_sync(0xffffffffu, spoken[j], 1);
-    spoken[j] += __shfl_xor_sync(0xffffffffu, spoken[j], 2);
-    if (lane % 4 == 0 && spoken[j]) atomicAdd(counts + j, spoken[j]);
+    int sum = own_counts[j] + __shfl_xor_sync(0xffffffffu, own_counts[j], 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    if (lane % 4 == 0 && sum) atomicAdd(counts + j, sum);
   }
 }
 

@@ -75,12 +75,6 @@ void CudaModel::connect() {
   }
   levels_ = static_cast<int>(level_begin_.size());
   level_begin_.push_back(tiles_);
-  int64_t embedded = 0;
-  for (size_t i = 0; i < spec_.projections.size(); ++i) {
-    const ProjectionSpec& p = spec_.projections[i];
-    if (p.src == kFromEmbedding && p.dst != spec_.readout()) embedded += first_block_[i + 1] - first_block_[i];
-  }
-  embed_inside_ = embedded <= kInsideTerms * tiles_;
 }
 
 void CudaModel::lay_out_connectome() {
@@ -91,7 +85,7 @@ void CudaModel::lay_out_connectome() {
     const int64_t blocks = first_block_[i + 1] - first_block_[i];
     const bool embedded = p.src == kFromEmbedding, spoken = p.dst == spec_.readout();
     if (spoken) hear += blocks;
-    if (embedded && !spoken) (embed_inside_ ? brain : p.gate ? gate : drive) += blocks;
+    if (embedded && !spoken) (p.gate ? gate : drive) += blocks;
     if (!embedded && !spoken) brain += blocks;
     if (embedded) embed_pull += blocks;
     if (!embedded && p.delay == 0) pull += blocks;
@@ -107,10 +101,15 @@ void CudaModel::lay_out_connectome() {
   hear_ = list(dim_tiles, hear);
   tile_names_ = arena_.take<TileName>(part, tiles_);
   groups_ = arena_.take<SourceGroup>(part, most_groups());
-  brain_tiles_ = arena_.take<BrainTile>(part, tiles_);
-  brain_terms_ = arena_.take<Term>(part, brain);
-  shares_ = arena_.take<Share>(part, tiles_);
-  resident_ = arena_.take<int32_t>(part, brain);
+  inside_.usable = drive + gate <= kInsideTerms * tiles_;
+  for (BrainPlan* plan : {&outside_, &inside_}) {
+    if (plan == &inside_ && !inside_.usable) continue;
+    const int64_t terms = brain + (plan == &inside_ ? drive + gate : 0);
+    plan->tiles = arena_.take<BrainTile>(part, tiles_);
+    plan->terms = arena_.take<Term>(part, terms);
+    plan->shares = arena_.take<Share>(part, tiles_);
+    plan->resident = arena_.take<int32_t>(part, terms);
+  }
 }
 
 template <class T>
@@ -173,7 +172,7 @@ void CudaModel::build_lists() {
         hear.of[row].push_back(forward);
       } else {
         const int64_t tile = regions_[p.dst].first_tile + row;
-        if (embedded && !embed_inside_) {
+        if (embedded) {
           (p.gate ? gate : drive).of[tile].push_back(forward);
         } else {
           brain[tile][p.gate ? 0 : p.delay ? 2 : 1].push_back(forward);
@@ -224,7 +223,14 @@ void CudaModel::build_lists() {
   }
   clear(x_, spec_.dim);
   clear(readout_error_, spec_.dim);
-  plan_launch(names, brain);
+  divide_brain();
+  plan_launch(outside_, names, brain);
+  if (!inside_.usable) return;
+  for (int tile = 0; tile < tiles_; ++tile) {  // the embedding's first: nobody waits for it
+    brain[tile][0].insert(brain[tile][0].begin(), gate.of[tile].begin(), gate.of[tile].end());
+    brain[tile][1].insert(brain[tile][1].begin(), drive.of[tile].begin(), drive.of[tile].end());
+  }
+  plan_launch(inside_, names, brain);
 }
 
 BrainTile CudaModel::brain_tile(const TileName& name) const {
@@ -245,18 +251,26 @@ BrainTile CudaModel::brain_tile(const TileName& name) const {
           name.offset,
           region.rank,
           region.gated,
-          {}};
+          {},
+          0,
+          0};
 }
 
-// Tiles go to blocks of threads, one block per multiprocessor, the costliest first to the least loaded. The weights of
-// a block's tiles stay in its shared memory until that is full.
-void CudaModel::plan_launch(const std::vector<TileName>& names,
-                            const std::vector<std::array<std::vector<Term>, 3>>& brain) {
+// One block of threads per multiprocessor, several where tiles are few and streams can be divided.
+void CudaModel::divide_brain() {
   int shared_limit = 0;
   NG_CUDA(cudaDeviceGetAttribute(&processors_, cudaDevAttrMultiProcessorCount, spec_.device));
   NG_CUDA(cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, spec_.device));
+  shared_limit_ = static_cast<size_t>(shared_limit);
   base_grid_ = std::min(processors_, tiles_);
   replicas_ = processors_ / base_grid_;
+  stream_group_ = stream_group_override();
+}
+
+// Tiles go to blocks of threads, the costliest first to the least loaded. The weights of a block's tiles stay in its
+// shared memory until that is full.
+void CudaModel::plan_launch(BrainPlan& plan, const std::vector<TileName>& names,
+                            const std::vector<std::array<std::vector<Term>, 3>>& brain) {
   std::vector<int> order(tiles_);
   std::iota(order.begin(), order.end(), 0);
   const auto terms_of = [&](int tile) { return brain[tile][0].size() + brain[tile][1].size() + brain[tile][2].size(); };
@@ -278,17 +292,23 @@ void CudaModel::plan_launch(const std::vector<TileName>& names,
   for (std::vector<int>& tiles : owned) {
     std::sort(tiles.begin(), tiles.end());
     size_t bytes = 0;
-    for (int tile : tiles) bytes += sizeof(BrainTile) + terms_of(tile) * sizeof(Term);
+    for (int tile : tiles) bytes += sizeof(BrainTile) + terms_of(tile) * kNearTermBytes;
     listed = std::max(listed, bytes);
+    plan.most_tiles = std::max(plan.most_tiles, static_cast<int>(tiles.size()));
   }
-  shared_limit_ = static_cast<size_t>(shared_limit);
-  table_bytes_ = (fixed + listed + 127) / 128 * 128;
-  if (table_bytes_ + kWorkBytes > shared_limit_) {
-    throw std::invalid_argument("brain: its connectome's tables need " + std::to_string(table_bytes_ + kWorkBytes) +
+  plan.near = plan.most_tiles * kNearBytes <= kMostNear;
+  plan.table_bytes = (fixed + listed + (plan.near ? plan.most_tiles * kNearBytes : 0) + 127) / 128 * 128;
+  if (plan.table_bytes + kWorkBytes > shared_limit_) {
+    if (&plan == &inside_) {
+      plan.usable = false;
+      return;
+    }
+    throw std::invalid_argument("brain: its connectome's tables need " + std::to_string(plan.table_bytes + kWorkBytes) +
                                 " bytes of shared memory a block of threads, this device has " +
                                 std::to_string(shared_limit_));
   }
-  const int slots = static_cast<int>((shared_limit_ - table_bytes_) / block_bytes);
+  plan.usable = true;
+  const int slots = static_cast<int>((shared_limit_ - plan.table_bytes) / block_bytes);
 
   std::vector<BrainTile> tiles;
   std::vector<Term> terms;
@@ -305,7 +325,8 @@ void CudaModel::plan_launch(const std::vector<TileName>& names,
       for (int kind = 0; kind < 3; ++kind) {
         entry.terms[kind] = static_cast<int32_t>(terms.size()) - share.term_begin;
         for (Term term : brain[tile][kind]) {
-          if (term.region == kFromEmbedding && kind < 2) entry.heard[kind] = term.source;
+          if (term.region == kFromEmbedding) entry.heard[kind] = term.source;
+          entry.reach = std::max(entry.reach, term.delay);
           if (slot < slots) {
             term.slot = slot++;
             resident.push_back(term.block);
@@ -319,22 +340,20 @@ void CudaModel::plan_launch(const std::vector<TileName>& names,
     share.tiles = static_cast<int32_t>(mine.size());
     share.terms = static_cast<int32_t>(terms.size()) - share.term_begin;
     share.residents = slot;
-    most_slots_ = std::max(most_slots_, slot);
-    most_tiles_ = std::max(most_tiles_, share.tiles);
-    most_terms_ = std::max<int64_t>(most_terms_, share.terms);
+    plan.most_slots = std::max(plan.most_slots, slot);
+    plan.most_terms = std::max<int64_t>(plan.most_terms, share.terms);
     shares.push_back(share);
   }
-  upload(brain_tiles_, tiles);
-  upload(brain_terms_, terms);
-  upload(shares_, shares);
-  upload(resident_, resident);
-
-  stream_group_ = stream_group_override();
+  upload(plan.tiles, tiles);
+  upload(plan.terms, terms);
+  upload(plan.shares, shares);
+  upload(plan.resident, resident);
 }
 
 // Of a call with all streams and tokens.
 std::vector<std::pair<std::string, std::string>> CudaModel::execution_plan() const {
-  const BrainShape shape = brain_shape(spec_.streams, spec_.max_tokens);
+  const BrainPlan& plan = brain_plan(spec_.streams, spec_.max_tokens);
+  const BrainShape shape = brain_shape(plan, spec_.streams, spec_.max_tokens);
   const auto kib = [](size_t bytes) { return std::to_string((bytes + 512) >> 10) + " KiB"; };
   return {{"device", cuda_device(spec_.device).name},
           {"precision", spec_.bf16 ? "bf16" : "fp32"},
@@ -343,7 +362,7 @@ std::vector<std::pair<std::string, std::string>> CudaModel::execution_plan() con
           {"streams at a time", std::to_string(shape.group)},
           {"v and w", shape.local ? "in shared memory" : "in global memory"},
           {"weights between neurons", "up to " + kib(shape.slots * kBlockArea * real_size()) + " of " +
-                                          kib(most_terms_ * kBlockArea * real_size()) +
+                                          kib(plan.most_terms * kBlockArea * real_size()) +
                                           " in the shared memory of a block, the rest is streamed"},
           {"logits at a time", std::to_string(logit_rows_) + " rows"}};
 }

@@ -39,30 +39,7 @@ struct Credit {
 // those that read four neurons of row 2t or 2t+1 meet in a bank.
 __device__ constexpr int swizzled(int piece) { return piece ^ piece / 8 * 2; }
 
-// A block of weights in shared memory as four products of the tensor core need it, one after the other (the order of
-// multiply_add in block_product.cuh): no register moves before a product.
-__device__ inline void keep_block(uint4* to, const uint4* block, int i) {  // i: 0 .. kBlockPieces / 2 - 1
-  const int pair = i / 32, lane = i % 32;
-  const uint4 even = block[pair * 64 + lane], odd = block[pair * 64 + 32 + lane];
-  to[pair * 32 + lane] = uint4{even.x, odd.x, even.y, odd.y};
-  to[64 + pair * 32 + lane] = uint4{even.z, odd.z, even.w, odd.w};
-}
-
 __device__ inline void spread(float4 x, float (&out)[4]) { out[0] = x.x, out[1] = x.y, out[2] = x.z, out[3] = x.w; }
-
-// sums += block * sources, both from shared memory.
-__device__ inline void multiply_add(Sums& sums, const uint4 (&block)[4], const uint4& source) {
-  float (&x)[4][2] = sums.x;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const unsigned low = half ? source.z : source.x, high = half ? source.w : source.y;
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-      const uint4& part = block[half * 2 + i / 2];
-      tensor_product(x[i][0], x[i][1], x[i + 1][0], x[i + 1][1], part.x, part.y, part.z, part.w, low, high);
-    }
-  }
-}
 
 // x of this lane, in a register: what comes out of a shuffle is not computed again wherever it is used.
 template <class T>
@@ -84,11 +61,11 @@ __global__ void __launch_bounds__(kCreditWarps * 32, Together == 1 ? kCrowded : 
   const TileName name = p.scan.tiles[tile];
   const RegionView& region = p.scan.regions[name.region];
   const int32_t begin = p.list.begin[tile], terms = p.list.begin[tile + 1] - begin;
-  for (int i = threadIdx.x; i < terms * (kBlockPieces / 2); i += blockDim.x) {
-    const int k = i / (kBlockPieces / 2);
+  for (int i = threadIdx.x; i < terms * kKeepParts; i += blockDim.x) {
+    const int k = i / kKeepParts;
     const uint4* block =
         reinterpret_cast<const uint4*>(p.weights) + int64_t{p.list.terms[begin + k].block} * kBlockPieces;
-    keep_block(dynamic + k * kBlockPieces, block, i % (kBlockPieces / 2));
+    keep_block(dynamic + k * kBlockPieces, block, i % kKeepParts);
   }
   if (warp == 0) {
     const int lane = threadIdx.x;
@@ -158,9 +135,8 @@ __global__ void __launch_bounds__(kCreditWarps * 32, Together == 1 ? kCrowded : 
     for (int i = 0; i < Together; ++i) zero(signal[i]);
 #pragma unroll 2
     for (int k = 0; k < terms; ++k) {
-      uint4 block[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) block[j] = dynamic[k * kBlockPieces + j * 32 + lane];
+      KeptBlock block;
+      block.load(dynamic + k * kBlockPieces);
 #pragma unroll
       for (int i = 0; i < Together; ++i) {
         multiply_add(signal[i], block, in[i * token_pieces + (p.own + k) * kPieces + lane]);

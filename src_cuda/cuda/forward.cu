@@ -15,6 +15,7 @@ namespace {
 
 constexpr int kResidentTokens = 4;          // from so many tokens on it pays to load weights into shared memory
 constexpr int64_t kCachedBytes = 48 << 20;  // weights that stay in the L2 cache
+constexpr int kInsideStreams = 8;           // from so many on, the brain launch multiplies the embedding's blocks too
 constexpr int kGlobalStateStreams = 64;     // streams at a time where v and w do not fit shared memory
 constexpr int kWide = 256;
 constexpr int kWarps = kBrainThreads / 32;
@@ -30,26 +31,61 @@ __device__ void copy_words(void* to, const void* from, size_t bytes) {
 template <class Real>
 __device__ BrainTables<Real> fill_shared(const BrainCall& call, const Share& share, char* shared) {
   char* at = shared;
-  const auto bring = [&](const auto* from, int count) {
-    using T = std::remove_cv_t<std::remove_pointer_t<decltype(from)>>;
+  const auto room = [&](auto* like, int count) {
+    using T = std::remove_cv_t<std::remove_pointer_t<decltype(like)>>;
     static_assert(sizeof(T) % 8 == 0, "tables are stacked and hold pointers");
-    copy_words(at, from, count * sizeof(T));
-    const T* there = reinterpret_cast<const T*>(at);
+    T* there = reinterpret_cast<T*>(at);
     at += count * sizeof(T);
     return there;
   };
+  const auto bring = [&](const auto* from, int count) {
+    auto* to = room(from, count);
+    copy_words(to, from, count * sizeof(*from));
+    return to;
+  };
+  constexpr int kBlockBytes = kBlockArea * sizeof(Real), kConstants = 5 * kBlock, kTile = kConstants + kBlock;
+  static_assert(sizeof(NearTerm) == kNearTermBytes && kTile * sizeof(float) == kNearBytes);
   BrainTables<Real> out;
+  // The first two hold 16-byte units.
+  float* constants = reinterpret_cast<float*>(at);
+  if (call.near) at += share.tiles * kNearBytes;
+  NearTerm* terms = room(static_cast<NearTerm*>(nullptr), share.terms);
+  out.far = call.terms + share.term_begin;
+  for (int i = threadIdx.x; i < share.terms; i += blockDim.x) {
+    const Term& term = out.far[i];
+    terms[i] = {term.source, term.slot < call.slots ? term.slot * kBlockBytes : ~term.block, term.delay};
+  }
+  out.terms = terms;
   out.regions = bring(call.regions, call.region_count);
   out.states = bring(call.states, call.region_count);
-  out.tiles = bring(call.tiles + share.tile_begin, share.tiles);
-  out.terms = bring(call.terms + share.term_begin, share.terms);
-  Real* blocks = reinterpret_cast<Real*>(shared + call.table_bytes);
-  constexpr int kPieces = kBlockArea * sizeof(Real) / sizeof(uint4);
-  for (int i = threadIdx.x; i < min(share.residents, call.slots) * kPieces; i += blockDim.x) {
-    const int64_t block = call.resident[share.resident_begin + i / kPieces];
-    reinterpret_cast<uint4*>(blocks)[i] = reinterpret_cast<const uint4*>(call.weights)[block * kPieces + i % kPieces];
+  BrainTile* tiles = bring(call.tiles + share.tile_begin, share.tiles);
+  out.tiles = tiles;
+  __syncthreads();
+  for (int i = threadIdx.x; call.near && i < share.tiles * kTile; i += blockDim.x) {
+    const BrainTile& tile = call.tiles[share.tile_begin + i / kTile];
+    constants[i] = i % kTile < kConstants ? tile.constants[i % kTile] : tile.bias[i % kTile - kConstants];
+    if (i % kTile) continue;
+    tiles[i / kTile].constants = constants + i;
+    tiles[i / kTile].bias = constants + i + kConstants;
   }
-  out.resident = blocks;
+  char* resident = shared + call.table_bytes;
+  const int blocks = min(share.residents, call.slots);
+  const auto block = [&](int i) {
+    return reinterpret_cast<const uint4*>(static_cast<const char*>(call.weights) +
+                                          int64_t{call.resident[share.resident_begin + i]} * kBlockBytes);
+  };
+  constexpr int kPieces = kBlockBytes / sizeof(uint4);
+  if constexpr (sizeof(Real) == sizeof(bf16)) {
+    for (int i = threadIdx.x; i < blocks * kKeepParts; i += blockDim.x) {
+      uint4* to = reinterpret_cast<uint4*>(resident) + i / kKeepParts * kPieces;
+      keep_block(to, block(i / kKeepParts), i % kKeepParts);
+    }
+  } else {
+    for (int i = threadIdx.x; i < blocks * kPieces; i += blockDim.x) {
+      reinterpret_cast<uint4*>(resident)[i] = block(i / kPieces)[i % kPieces];
+    }
+  }
+  out.resident = resident;
   __syncthreads();
   return out;
 }
@@ -256,7 +292,7 @@ void CudaModel::forward() {
   refresh_derived();
   with_real(spec_.bf16, [&](auto real) {
     using Real = decltype(real);
-    if (!embed_inside_) {
+    if (&brain_plan(call_streams_, call_tokens_) == &outside_) {
       multiply_blocks<Real>(stream_.get(), embed_drive_, forward_blocks_, rows_, 0, tiles_,
                             StoreDrive<Real>{region_views_, tile_names_});
       launched();
@@ -285,8 +321,14 @@ void CudaModel::normalize_rows(const float* o, int64_t rows, float* broca, void*
   launched();
 }
 
+// Few streams leave the launch waiting for spikes most of the time: then the embedding's products are better made
+// outside it, for all tokens at once. For few tokens they are not worth launches of their own.
+const BrainPlan& CudaModel::brain_plan(int streams, int tokens) const {
+  return inside_.usable && (streams >= kInsideStreams || tokens < kResidentTokens) ? inside_ : outside_;
+}
+
 // `group` streams at a time, v and w in shared memory before weights, for those are read and written each tick.
-BrainShape CudaModel::shape_of(int group, int tokens) const {
+BrainShape CudaModel::shape_of(const BrainPlan& plan, int group, int tokens) const {
   BrainShape shape{};
   shape.group = group;
   const int wide = (group + 2 * kRows - 1) / (2 * kRows);
@@ -296,14 +338,14 @@ BrainShape CudaModel::shape_of(int group, int tokens) const {
   const int chunks = (group + shape.steps * kRows - 1) / (shape.steps * kRows);
   const int replicas = std::min(replicas_, chunks);
   shape.grid = base_grid_ * replicas;
-  const int items = most_tiles_ * ((chunks + replicas - 1) / replicas);
+  const int items = plan.most_tiles * ((chunks + replicas - 1) / replicas);
   shape.rounds = std::max(1.0, static_cast<double>(items) / kWarps);
   const size_t item = local_bytes(shape.steps * shape.columns);
-  shape.local = table_bytes_ + items * item <= shared_limit_;
-  shape.shared_bytes = table_bytes_ + (shape.local ? items : kWarps) * item;
+  shape.local = plan.table_bytes + items * item <= shared_limit_;
+  shape.shared_bytes = plan.table_bytes + (shape.local ? items : kWarps) * item;
   if (tokens >= kResidentTokens) {
     const size_t block_bytes = kBlockArea * real_size();
-    shape.slots = std::min(most_slots_, static_cast<int>((shared_limit_ - shape.shared_bytes) / block_bytes));
+    shape.slots = std::min(plan.most_slots, static_cast<int>((shared_limit_ - shape.shared_bytes) / block_bytes));
     shape.shared_bytes += shape.slots * block_bytes;
   }
   return shape;
@@ -311,51 +353,54 @@ BrainShape CudaModel::shape_of(int group, int tokens) const {
 
 // How many streams run at a time: a tick costs about as much as a round of its warps, and more where weights have to
 // come from the L2 cache (`base`, 64 streams on an H200, 43 % of the weights: twice 32 take 7.5 ms, 64 at once 9.1).
-BrainShape CudaModel::brain_shape(int streams, int tokens) const {
+BrainShape CudaModel::brain_shape(const BrainPlan& plan, int streams, int tokens) const {
   const int limit = stream_group_ ? std::min(stream_group_, streams) : streams;
   const auto cost = [&](const BrainShape& shape) {
-    const int64_t streamed = std::max<int64_t>(most_terms_ - shape.slots, 0);
-    return (1 + shape.rounds) * (1 + static_cast<double>(streamed) / std::max<int64_t>(most_terms_, 1));
+    const int64_t streamed = std::max<int64_t>(plan.most_terms - shape.slots, 0);
+    return (1 + shape.rounds) * (1 + static_cast<double>(streamed) / std::max<int64_t>(plan.most_terms, 1));
   };
   constexpr int kUnitStreams = 2 * kRows;
   BrainShape best{};
   double least = 0;
   for (int group = limit; group > 0; group = (group - 1) / kUnitStreams * kUnitStreams) {
-    const BrainShape shape = shape_of(group, tokens);
+    const BrainShape shape = shape_of(plan, group, tokens);
     if (!shape.local) continue;
     const int rest = streams % group;
-    const double whole = streams / group * cost(shape) + (rest ? cost(shape_of(rest, tokens)) : 0);
+    const double whole = streams / group * cost(shape) + (rest ? cost(shape_of(plan, rest, tokens)) : 0);
     if (best.group == 0 || whole < least) best = shape, least = whole;
     if (stream_group_) break;
   }
-  return best.group ? best : shape_of(std::min(limit, kGlobalStateStreams), tokens);
+  return best.group ? best : shape_of(plan, std::min(limit, kGlobalStateStreams), tokens);
 }
 
 void CudaModel::run_brain() {
-  const BrainShape shape = brain_shape(call_streams_, call_tokens_);
-  BrainCall call{region_views_,
-                 active_->views(),
-                 brain_tiles_,
-                 brain_terms_,
-                 shares_,
-                 resident_,
-                 forward_blocks_,
-                 has_resets_ ? resets_ : nullptr,
-                 age_,
-                 verdict_,
-                 call_streams_,
-                 call_tokens_,
-                 levels_,
-                 shape.group,
-                 static_cast<int>(regions_.size()),
-                 base_grid_,
-                 static_cast<int>(table_bytes_),
-                 shape.slots,
-                 shape.local,
-                 most_terms_ > shape.slots && blocks_ * kBlockArea * static_cast<int64_t>(real_size()) > kCachedBytes,
-                 !embed_inside_,
-                 spec_.graded ? spec_.max_spike : 1.0f,
-                 dropout()};
+  const BrainPlan& plan = brain_plan(call_streams_, call_tokens_);
+  const BrainShape shape = brain_shape(plan, call_streams_, call_tokens_);
+  BrainCall call{
+      region_views_,
+      active_->views(),
+      plan.tiles,
+      plan.terms,
+      plan.shares,
+      plan.resident,
+      forward_blocks_,
+      has_resets_ ? resets_ : nullptr,
+      age_,
+      verdict_,
+      call_streams_,
+      call_tokens_,
+      levels_,
+      shape.group,
+      static_cast<int>(regions_.size()),
+      base_grid_,
+      static_cast<int>(plan.table_bytes),
+      plan.near,
+      shape.slots,
+      shape.local,
+      plan.most_terms > shape.slots && blocks_ * kBlockArea * static_cast<int64_t>(real_size()) > kCachedBytes,
+      &plan == &outside_,
+      spec_.graded ? spec_.max_spike : 1.0f,
+      dropout()};
   const dim3 hush_grid(tiles_, static_cast<unsigned>(std::clamp<int64_t>(rows_ / kWide, 1, 64)));
   with_real(spec_.bf16, [&](auto real) {
     hush_kernel<decltype(real)>

@@ -39,14 +39,10 @@ struct BrainShape {
 };
 
 constexpr int kUnit = kBlockArea;     // values that the optimizer takes at a time
-#ifndef NG_THREADS
-#define NG_THREADS 512
-#endif
-#ifndef NG_AHEAD
-#define NG_AHEAD 3
-#endif
-constexpr int kBrainThreads = NG_THREADS;    // of a block of the brain launch
+constexpr int kBrainThreads = 512;    // of a block of the brain launch
 constexpr size_t kWorkBytes = 73984;  // of shared memory, for what the warps of the brain launch work on
+constexpr size_t kNearBytes = 768;    // of shared memory: constants and biases of a tile
+constexpr size_t kMostNear = 16384;   // ... of all tiles of a share, where that is not too much
 constexpr int kSpareRows = 16;        // before and behind every panel: readable, of no meaning
 constexpr int kNormBlocks = 1056;     // blocks that share the gradient's norm: fixed, so that its bits are
 constexpr int kSegmentRows = 32;      // sorted rows that a block of threads adds up (embedding.cu)
@@ -81,6 +77,8 @@ struct Term {
   int32_t reserved;
 };
 
+constexpr size_t kNearTermBytes = 16;  // of shared memory: a term as the brain launch keeps it (NearTerm, brain.cuh)
+
 // Terms of consecutive receivers (tiles of 32): receiver i has terms[begin[i] .. begin[i + 1]).
 struct TermList {
   Term* terms = nullptr;
@@ -96,15 +94,29 @@ struct TileName {
 // [terms[0], terms[1]), drives [terms[1], terms[2]), delayed [terms[2], terms[3]).
 struct BrainTile {
   void *u, *s, *emitted, *d, *g;  // row 0 of its panels
-  const float *constants, *bias;  // [5][32], [32]
+  const float *constants, *bias;  // [5][32], [32]; both may be in shared memory
   const void* heard[2];           // row 0 of panels of the embedding that it hears by terms of its own, null = none
   int32_t region, offset, rank, gated;
   int32_t terms[4];
+  int32_t reach, reserved;  // the longest delay of its terms
 };
 
 // What one block of threads of the brain launch owns.
 struct Share {
   int32_t tile_begin, tiles, term_begin, terms, resident_begin, residents;
+};
+
+// The brain launch's tables on the device, and what bounds a share's part of them.
+struct BrainPlan {
+  bool usable = false;
+  BrainTile* tiles = nullptr;  // share by share
+  Term* terms = nullptr;
+  Share* shares = nullptr;
+  int32_t* resident = nullptr;  // blocks that stay in shared memory
+  int most_tiles = 0, most_slots = 0;
+  int64_t most_terms = 0;
+  size_t table_bytes = 0;
+  bool near = false;  // constants of neurons are in the tables
 };
 
 // One weight block for the weight-gradient kernel.
@@ -211,7 +223,9 @@ class CudaModel final : public Model {
   const void* heard_by(const ProjectionSpec& p) const;
   void build_lists();
   BrainTile brain_tile(const TileName& name) const;
-  void plan_launch(const std::vector<TileName>& names, const std::vector<std::array<std::vector<Term>, 3>>& brain);
+  void divide_brain();
+  void plan_launch(BrainPlan& plan, const std::vector<TileName>& names,
+                   const std::vector<std::array<std::vector<Term>, 3>>& brain);
   template <class T>
   void upload(T* to, const std::vector<T>& from);
 
@@ -246,8 +260,9 @@ class CudaModel final : public Model {
   // forward.cu
   void forward();
   void run_brain();
-  BrainShape shape_of(int group, int tokens) const;
-  BrainShape brain_shape(int streams, int tokens) const;
+  const BrainPlan& brain_plan(int streams, int tokens) const;
+  BrainShape shape_of(const BrainPlan& plan, int group, int tokens) const;
+  BrainShape brain_shape(const BrainPlan& plan, int streams, int tokens) const;
   void count_spikes();
   Dropout dropout() const;
   void normalize_rows(const float* o, int64_t rows, float* broca, void* broca_real, float* inverse_rms);
@@ -330,23 +345,16 @@ class CudaModel final : public Model {
   int64_t blocks_ = 0;
   // The same on the device.
   RegionView* region_views_ = nullptr;
-  TileName* tile_names_ = nullptr;  // [tiles]
-  // Receivers: tiles, tiles, tiles, D/32. The first two are empty where embed_inside_.
-  TermList embed_drive_, embed_gate_, pull_, embed_pull_;
-  bool embed_inside_ = false;  // the brain launch multiplies the embedding's blocks too
-  TermList hear_;              // receivers: D/32
+  TileName* tile_names_ = nullptr;                         // [tiles]
+  TermList embed_drive_, embed_gate_, pull_, embed_pull_;  // receivers: tiles, tiles, tiles, D/32
+  TermList hear_;                                          // receivers: D/32
   SourceGroup* groups_ = nullptr;
   int64_t group_count_ = 0;
   std::vector<int> most_pulled_;  // of every level: terms of pull_ of a tile, at most
   // Brain launch: base_grid_ shares, each worked on by up to replicas_ blocks of threads that divide the streams.
   int processors_ = 0, base_grid_ = 0, replicas_ = 0, stream_group_ = 0;
-  int most_tiles_ = 0, most_slots_ = 0;  // of a share
-  int64_t most_terms_ = 0;
-  size_t table_bytes_ = 0, shared_limit_ = 0;
-  BrainTile* brain_tiles_ = nullptr;  // [tiles]
-  Term* brain_terms_ = nullptr;
-  Share* shares_ = nullptr;      // [base_grid]
-  int32_t* resident_ = nullptr;  // blocks that stay in shared memory, share by share
+  size_t shared_limit_ = 0;
+  BrainPlan outside_, inside_;  // the embedding's blocks are multiplied outside the launch, inside it
 
   // Parameters: [blocks | decoder | decoder bias | region biases | embedding], each padded to kUnit values, so that one
   // launch updates them all; gradients and moments have the same offsets.

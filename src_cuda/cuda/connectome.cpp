@@ -101,11 +101,7 @@ void CudaModel::lay_out_connectome() {
   brain_terms_ = arena_.take<Term>(part, brain);
   shares_ = arena_.take<Share>(part, tiles_);
   resident_ = arena_.take<int32_t>(part, brain);
-}
-
-template <class T>
-void CudaModel::upload(T* to, const std::vector<T>& from) {
-  if (!from.empty()) NG_CUDA(cudaMemcpy(to, from.data(), from.size() * sizeof(T), cudaMemcpyHostToDevice));
+  lay_out_dense(brain);
 }
 
 // Groups of blocks with a source in common, at most: full ones, and a rest for every tile that is heard (twice where
@@ -309,6 +305,8 @@ void CudaModel::plan_launch(const std::vector<TileName>& names,
   upload(shares_, shares);
   upload(resident_, resident);
 
+  plan_dense(names, brain, owned);
+
   stream_group_ = stream_group_override();
 }
 
@@ -316,16 +314,20 @@ void CudaModel::plan_launch(const std::vector<TileName>& names,
 std::vector<std::pair<std::string, std::string>> CudaModel::execution_plan() const {
   const BrainShape shape = brain_shape(spec_.streams, spec_.max_tokens);
   const auto kib = [](size_t bytes) { return std::to_string((bytes + 512) >> 10) + " KiB"; };
-  return {{"device", cuda_device(spec_.device).name},
-          {"precision", spec_.bf16 ? "bf16" : "fp32"},
-          {"brain launch", std::to_string(shape.grid) + " blocks of " + std::to_string(kBrainThreads) +
-                               " threads, shared memory of each: " + kib(shape.shared_bytes)},
-          {"streams at a time", std::to_string(shape.group)},
-          {"v and w", shape.local ? "in shared memory" : "in global memory"},
-          {"weights between neurons", "up to " + kib(shape.slots * kBlockArea * real_size()) + " of " +
-                                          kib(most_terms_ * kBlockArea * real_size()) +
-                                          " in the shared memory of a block, the rest is streamed"},
-          {"logits at a time", std::to_string(logit_rows_) + " rows"}};
+  std::vector<std::pair<std::string, std::string>> plan = {
+      {"device", cuda_device(spec_.device).name},
+      {"precision", spec_.bf16 ? "bf16" : "fp32"},
+      {"brain launch", std::to_string(shape.grid) + " blocks of " + std::to_string(kBrainThreads) +
+                           " threads, shared memory of each: " + kib(shape.shared_bytes)},
+      {"streams at a time", std::to_string(shape.group)},
+      {"v and w", shape.local ? "in shared memory" : "in global memory"},
+      {"weights between neurons", "up to " + kib(shape.slots * kBlockArea * real_size()) + " of " +
+                                      kib(most_terms_ * kBlockArea * real_size()) +
+                                      " in the shared memory of a block, the rest is streamed"},
+      {"logits at a time", std::to_string(logit_rows_) + " rows"}};
+  const DenseShape dense = dense_shape(spec_.streams, spec_.max_tokens);
+  if (dense.group > 0) describe_dense(dense, plan);
+  return plan;
 }
 
 }  // namespace neurogen::cuda

@@ -349,6 +349,7 @@ void CudaModel::run_brain() {
   });
   launched();
   NG_CUDA(cudaMemsetAsync(spike_counts_, 0, sizeof(int) * total_neurons(), stream_.get()));
+  if (run_dense_brain()) return;
   const bool plain = !has_resets_ && spec_.dropout == 0;
   void* kernel = spec_.bf16 ? (plain ? brain_kernel<bf16, true>(shape) : brain_kernel<bf16, false>(shape))
                             : (plain ? brain_kernel<float, true>(shape) : brain_kernel<float, false>(shape));

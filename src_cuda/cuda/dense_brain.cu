@@ -4,6 +4,7 @@
 #include "dense_brain.cuh"
 
 #include <algorithm>
+#include <climits>
 
 namespace neurogen::cuda {
 namespace {
@@ -33,7 +34,9 @@ __device__ DenseTables<Steps> fill_shared(const DenseCall& call, const DenseShar
   StateView* states;
   DenseTile* tiles;
   int32_t *streamed, *streamed_count;
-  uint4 *rings, *resident;
+  uint4 *ring, *resident;
+  float4* exchange;
+  DenseConveyor* conveyor;
   DenseState<Steps>* local;
   take(constants, share.tiles * kTileConstants);
   take(sources, share.sources);
@@ -43,7 +46,9 @@ __device__ DenseTables<Steps> fill_shared(const DenseCall& call, const DenseShar
   take(streamed, share.blocks);
   take(streamed_count, share.tiles * kDenseHalves);
   at = shared + share.table_bytes;
-  take(rings, kDenseRingBytes / sizeof(uint4));
+  take(ring, kDenseRingBytes / sizeof(uint4));
+  take(exchange, kDenseExchangeBytes / sizeof(float4));
+  take(conveyor, 1);
   take(local, share.tiles * kDenseWarps);
   const int slots =
       min(share.blocks, (call.shared_bytes - static_cast<int>(at - shared)) / static_cast<int>(kDenseBlockBytes));
@@ -62,6 +67,13 @@ __device__ DenseTables<Steps> fill_shared(const DenseCall& call, const DenseShar
   uint4* const streams = call.ordered + int64_t{share.block_begin} * kPieces;
 #pragma unroll 8
   for (int i = slots * kPieces + threadIdx.x; i < share.blocks * kPieces; i += kDenseThreads) streams[i] = ordered(i);
+  if (threadIdx.x == 0) {
+    for (int half = 0; half < kDenseHalves; ++half) {
+      for (uint64_t& barrier : conveyor->there[half]) begin_barrier(&barrier);
+      for (int32_t& used : conveyor->used[half]) used = 0;
+      conveyor->asked[half] = 0;
+    }
+  }
   __syncthreads();
   for (int i = threadIdx.x; i < share.tiles * kTileConstants; i += blockDim.x) {
     constants[i] = tiles[i / kTileConstants].constants[i % kTileConstants];
@@ -91,7 +103,8 @@ __device__ DenseTables<Steps> fill_shared(const DenseCall& call, const DenseShar
     streamed_count[i] = count;
   }
   __syncthreads();
-  return {regions, states, tiles, sources, constants, streamed, streamed_count, rings, local, resident, slots};
+  return {regions, states,   tiles,    sources, constants, streamed, streamed_count,
+          ring,    exchange, conveyor, local,   resident,  slots};
 }
 
 template <int Steps, bool Plain>
@@ -102,17 +115,22 @@ __global__ void __launch_bounds__(kDenseThreads, 1) run_dense_kernel(const __gri
   const DenseTables<Steps> tables = fill_shared<Steps>(call, share, reinterpret_cast<char*>(shared));
   const int band = threadIdx.x / (32 * kDenseHalves), offset = (replica + band * replicas) * Steps * kRows;
   const int ticks = call.tokens + call.levels - 1;
+  int used = 0;
   for (int first = 0; first < call.streams; first += call.stream_group) {
-    const int left = min(min(call.stream_group, call.streams - first) - offset, Steps * kRows);
-    if (left <= 0) continue;
+    const int streams = min(call.stream_group, call.streams - first), left = min(streams - offset, Steps * kRows);
+    if (left <= 0) break;  // in this group and those that follow
     for (int tick = 0; tick < ticks; ++tick) {
       for (int at = 0; at < share.tiles; ++at) {
         const int token = tick - tables.tiles[at].rank;
         if (token < 0 || token >= call.tokens) continue;
-        run_dense_tile<Steps, Plain>(call, tables, at, token, first + offset, left);
+        run_dense_tile<Steps, Plain>(call, tables, at, token, first + offset, left, used);
       }
     }
   }
+  // Nobody waits for what this band does not need.
+  __syncwarp();
+  const int half = threadIdx.x / 32 % kDenseHalves;
+  if (threadIdx.x % 32 == 0) publish(&tables.conveyor->used[half][band], INT_MAX);
 }
 
 template <bool Plain>

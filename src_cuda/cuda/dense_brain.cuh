@@ -7,11 +7,14 @@
 //     memory, 109 -> 84 MB of spikes out of the L2 cache.
 //   - each warp has kDepth sources on their way at any time, the longest written first, instead of batches: 64 KB a
 //     multiprocessor. Cost: 64 registers a thread. Gain: one latency of L2 a tick instead of one for three terms.
-//   - blocks that do not fit shared memory pass through a ring of two blocks a warp, asked for long before their turn.
-//     Cost: 32 KB, 16 resident blocks. Gain: no latency of L2 a streamed block.
+//   - blocks that do not fit shared memory pass through four places a half, for all bands, asked for long before their
+//     turn by the band that comes first. Cost: 16 KB, and no band gets far ahead of another. Gain: no latency of L2, a
+//     quarter of what each band would stream (for `small` 480 KB of 1.3 MB a multiprocessor and tick).
 //
-// The halves' sums meet in shared memory (the ring, empty by then): half h finishes rows 2t + h. Half 0 alone starts
-// from the embedding's share, and x + y = y + x, so a sum's bits depend neither on the row nor on the band.
+// The halves' sums meet in shared memory: half h finishes rows 2t + h. Half 0 alone starts from the embedding's share,
+// and x + y = y + x, so a sum's bits depend neither on the row nor on the band.
+// Waiting ends: spikes that are waited for are of an earlier tick, and of a share's bands the one that is behind waits
+// for no other, since it may bring its next blocks itself: all bands have done with what lay in their places.
 #pragma once
 
 #include "brain.cuh"
@@ -62,21 +65,50 @@ struct DenseTables {
   const float* constants;         // [tiles][kTileConstants]
   const int32_t* streamed;        // streamed blocks in the order of use, see DenseTile::list_begin
   const int32_t* streamed_count;  // [tiles][kDenseHalves]
-  uint4* rings;                   // [kDenseWarps][kDenseRing] blocks
-  DenseState<Steps>* local;       // [tiles][kDenseWarps]
-  const uint4* resident;          // blocks
-  int slots;                      // how many of those
+  uint4* ring;                    // [kDenseHalves][kDenseRing] blocks
+  float4* exchange;               // [kDenseWarps][kSums][32]
+  DenseConveyor* conveyor;
+  DenseState<Steps>* local;  // [tiles][kDenseWarps]
+  const uint4* resident;     // blocks
+  int slots;                 // how many of those
 };
 
-// 16 bytes of constant data on their way to shared memory, through the L1 cache: other bands want the same soon.
+__device__ inline unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
+
+// 16 bytes on their way to shared memory.
 __device__ inline void bring16(uint4* to, const uint4* from) {
-  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
-__device__ inline void close_bringing() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int Open>
-__device__ void wait_until_open() {  // at most so many groups
-  asm volatile("cp.async.wait_group %0;" ::"n"(Open) : "memory");
+
+// A barrier turns over when what all lanes of a warp brought is there; round: how often it had turned over before.
+__device__ inline void begin_barrier(uint64_t* barrier) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(32) : "memory");
+}
+__device__ inline void arrive_when_brought(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+__device__ inline bool turned_over(const uint64_t* barrier, int round) {
+  int out;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n"
+      "selp.b32 %0, 1, 0, p;\n"
+      "}"
+      : "=r"(out)
+      : "r"(shared_address(barrier)), "r"(round % 2)
+      : "memory");
+  return out;
+}
+
+// Counters in shared memory that other warps wait for.
+__device__ inline void publish(int32_t* counter, int value) {
+  asm volatile("st.release.cta.shared.s32 [%0], %1;" ::"r"(shared_address(counter)), "r"(value) : "memory");
+}
+__device__ inline int published(const int32_t* counter) {
+  int out;
+  asm volatile("ld.acquire.cta.shared.s32 %0, [%1];" : "=r"(out) : "r"(shared_address(counter)) : "memory");
+  return out;
 }
 
 // The two warps of a band.
@@ -112,19 +144,20 @@ __device__ void multiply_add(Sums (&sums)[Steps], const Fragments& block, const 
 }
 
 // Tile number `at` of the share; streams stream0 .. stream0 + left - 1. Rows beyond `left` hear silence and are not
-// written. Both warps of a band come here with the same arguments.
+// written. Both warps of a band come here with the same arguments, and all bands in the same order.
+// used: blocks that this warp has streamed so far.
 // Plain: neither resets nor dropout, whose code would crowd the instruction cache.
 template <int Steps, bool Plain>
 __device__ void run_dense_tile(const DenseCall& call, const DenseTables<Steps>& tables, int at, int token, int stream0,
-                               int left) {
+                               int left, int& used) {
   constexpr int kDepth = Steps == 4 ? 4 : 6;  // sources on their way
-  static_assert(kDenseRing == 2, "a source enters up to two sums: wait_until_open");
+  static_assert(kDenseRing >= 2, "a source enters up to two sums");
   constexpr int kPieces = kDenseBlockBytes / sizeof(uint4);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, band = warp / kDenseHalves, half = warp % kDenseHalves;
   const DenseTile& tile = tables.tiles[at];
   const int row0 = token * call.streams + stream0;
   const bool last = token == call.tokens - 1, gated = tile.gated;
-  uint4* const ring = tables.rings + warp * kDenseRing * kPieces;
+  uint4* const ring = tables.ring + half * kDenseRing * kPieces;
 
   const Heard* const sources = tables.sources + tile.source_begin;
   const int count = tile.sources;
@@ -155,22 +188,32 @@ __device__ void run_dense_tile(const DenseCall& call, const DenseTables<Steps>& 
     if (half + j * kDenseHalves < count) ask(heard[j], half + j * kDenseHalves);
   }
 
-  // Streamed weights, each in a group of its own. A lane reads only what it brought itself: nobody else has to wait for
-  // it. Groups are closed even when there is nothing left to bring, so that their number tells which are there.
+  // Streamed weights: number p is brought by whoever sees first that all bands have done with number p - kDenseRing.
+  DenseConveyor& conveyor = *tables.conveyor;
   const int32_t* const streamed = tables.streamed + tile.list_begin[half];
-  const unsigned streamed_count = tables.streamed_count[at * kDenseHalves + half];
-  unsigned asked = 0;
-  const auto bring_next = [&] {
-    if (asked < streamed_count) {
-      const uint4* from = call.ordered + int64_t{streamed[asked]} * kPieces + lane;
+  const int stream_begin = used, stream_end = used + tables.streamed_count[at * kDenseHalves + half];
+  const auto bring = [&] {
+    for (;;) {
+      int next = lane == 0 ? published(&conveyor.asked[half]) : 0;
+      next = __shfl_sync(0xffffffffu, next, 0);
+      if (next >= stream_end || next >= used + kDenseRing) break;  // never before `used`, which was brought
+      const int done = lane < kDenseBands ? published(&conveyor.used[half][lane]) : used;
+      if (next >= __reduce_min_sync(0xffffffffu, done) + kDenseRing) break;
+      int mine = lane == 0 ? atomicCAS(&conveyor.asked[half], next, next + 1) == next : 0;
+      mine = __shfl_sync(0xffffffffu, mine, 0);
+      if (!mine) continue;
+      __syncwarp();
+      const uint4* from = call.ordered + int64_t{streamed[next - stream_begin]} * kPieces + lane;
+      uint4* to = ring + next % kDenseRing * kPieces + lane;
 #pragma unroll
-      for (int j = 0; j < kPieces; j += 32) bring16(ring + asked % kDenseRing * kPieces + lane + j, from + j);
+      for (int j = 0; j < kPieces; j += 32) bring16(to + j, from + j);
+      arrive_when_brought(&conveyor.there[half][next % kDenseRing]);
     }
-    close_bringing();
-    ++asked;
   };
-#pragma unroll
-  for (int j = 0; j < kDenseRing; ++j) bring_next();
+  const auto there = [&](int number) {
+    return turned_over(&conveyor.there[half][number % kDenseRing], number / kDenseRing);
+  };
+  bring();
 
   Sums sums[kSums][Steps];
 #pragma unroll
@@ -204,11 +247,11 @@ __device__ void run_dense_tile(const DenseCall& call, const DenseTables<Steps>& 
     }
   }
 
-  unsigned used = 0;  // streamed blocks
   const auto add = [&](Sums(&to)[Steps], int place, const Sources<bf16>(&from)[Steps]) {
     const bool resident = place < tables.slots;
     Fragments block;
-    block.load(resident ? tables.resident + place * kPieces : ring + used % kDenseRing * kPieces);
+    block.load(resident ? tables.resident + place * kPieces
+                        : ring + static_cast<unsigned>(used) % kDenseRing * kPieces);
     used += !resident;
     multiply_add(to, block, from);
   };
@@ -244,8 +287,13 @@ __device__ void run_dense_tile(const DenseCall& call, const DenseTables<Steps>& 
         }
       }
       const Heard& source = sources[index];
-      if (source.fresh == 1) wait_until_open<1>();
-      if (source.fresh > 1) wait_until_open<0>();
+      const int fresh = source.fresh;
+      if (fresh > 0) {
+#pragma unroll 1
+        do {
+          bring();
+        } while (!__all_sync(0xffffffffu, there(used) && (fresh == 1 || there(used + 1))));
+      }
       if (source.gate >= 0) add(sums[kGateSum], source.gate, heard[j]);
       if (source.delay > 0) {
         if (!Plain && call.resets) {
@@ -256,17 +304,17 @@ __device__ void run_dense_tile(const DenseCall& call, const DenseTables<Steps>& 
       } else if (source.basal >= 0) {
         add(sums[kDriveSum], source.basal, heard[j]);
       }
-#pragma unroll 1
-      while (asked < used + kDenseRing) bring_next();
+      if (fresh > 0) {
+        __syncwarp();
+        if (lane == 0) publish(&conveyor.used[half][band], used);
+      }
       if (index + kDepth * kDenseHalves < count) ask(heard[j], index + kDepth * kDenseHalves);
     }
   }
 
-  // The halves meet, two steps at a time: that is the room there is.
-  constexpr int kRound = Steps < 2 ? Steps : 2;
-  static_assert(kRound * kSums * 32 <= kDenseRing * kPieces, "float4 and uint4 have one size");
-  float4* const mine = reinterpret_cast<float4*>(ring) + lane;
-  const float4* const theirs = mine + (half == 0 ? 1 : -1) * kDenseRing * kPieces;
+  // The halves meet, a step at a time: that is the room there is.
+  float4* const mine = tables.exchange + warp * kSums * 32 + lane;
+  const float4* const theirs = mine + (half == 0 ? 1 : -1) * kSums * 32;
   const auto column = [&](const Sums& sum, bool second) -> float4 {
     return {second ? sum.x[0][1] : sum.x[0][0], second ? sum.x[1][1] : sum.x[1][0], second ? sum.x[2][1] : sum.x[2][0],
             second ? sum.x[3][1] : sum.x[3][0]};
@@ -280,92 +328,84 @@ __device__ void run_dense_tile(const DenseCall& call, const DenseTables<Steps>& 
   if (token > 0) *reinterpret_cast<int4*>(spoken) = local.count[lane];
   bool sound = true;
 #pragma unroll
-  for (int begin = 0; begin < Steps; begin += kRound) {
-    if (begin > 0) meet(band);  // the other has read what lay there
+  for (int i = 0; i < Steps; ++i) {
+    if (i > 0) meet(band);  // the other has read what lay there
 #pragma unroll
-    for (int i = begin; i < begin + kRound; ++i) {
-#pragma unroll
-      for (int kind = 0; kind < kSums; ++kind) {
-        mine[((i - begin) * kSums + kind) * 32] = column(sums[kind][i], half == 0);
-      }
-    }
+    for (int kind = 0; kind < kSums; ++kind) mine[kind * 32] = column(sums[kind][i], half == 0);
     meet(band);
     as_array(alpha, load4(constants)), as_array(gain, load4(constants + kBlock));
     as_array(rho, load4(constants + 2 * kBlock)), as_array(a, load4(constants + 3 * kBlock));
     as_array(b, load4(constants + 4 * kBlock));
-#pragma unroll
-    for (int i = begin; i < begin + kRound; ++i) {
-      const auto total = [&](int kind) {
-        const float4 x = column(sums[kind][i], half == 1), y = theirs[((i - begin) * kSums + kind) * 32];
-        return float4{x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w};
-      };
-      const int row = i * kRows + lane_row() + half, offset = (row0 + row) * kBlock + lane_receiver();
-      const int64_t cell = cell0 + min(row, left - 1) * int64_t{tables.regions[tile.region].n};
-      const bool own = row < left;
-      float input[4];
-      const float4 drive = total(kDriveSum), delayed = total(kDelayedSum);
-      if (gated) {
-        const float4 x = total(kGateSum);
-        const Four<bf16> packed =
-            pack<bf16>({gate_of(x.x, bf16{}), gate_of(x.y, bf16{}), gate_of(x.z, bf16{}), gate_of(x.w, bf16{})});
-        if (own) put4(in_global<bf16>(tile.g) + offset, packed);
-        if (own) put4(in_global<bf16>(tile.d) + offset, pack<bf16>(drive));
-        const float4 gate = unpack<bf16>(packed);
-        as_array(input, {fmaf(drive.x, gate.x, delayed.x), fmaf(drive.y, gate.y, delayed.y),
-                         fmaf(drive.z, gate.z, delayed.z), fmaf(drive.w, gate.w, delayed.w)});
-      } else {
-        as_array(input, {drive.x + delayed.x, drive.y + delayed.y, drive.z + delayed.z, drive.w + delayed.w});
-      }
-      float past[4], w[4], v[4], u[4], s[4];
-      if (token > 0) {
-        as_array(past, local.past[i][lane]), as_array(w, local.w[i][lane]);
-      } else {
-        as_array(past, load4(in_global<const float>(state.v) + cell)),
-            as_array(w, load4(in_global<const float>(state.w) + cell));
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          past[j] = past_of(past[j], w[j], rounded<bf16>(emit(past[j], call.max_spike)), alpha[j]);
-        }
-      }
-      if (!Plain && call.resets && own && call.resets[row0 + row]) {
-        as_array(past, float4{0, 0, 0, 0}), as_array(w, float4{0, 0, 0, 0});
-      }
+    const auto total = [&](int kind) {
+      const float4 x = column(sums[kind][i], half == 1), y = theirs[kind * 32];
+      return float4{x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w};
+    };
+    const int row = i * kRows + lane_row() + half, offset = (row0 + row) * kBlock + lane_receiver();
+    const int64_t cell = cell0 + min(row, left - 1) * int64_t{tables.regions[tile.region].n};
+    const bool own = row < left;
+    float input[4];
+    const float4 drive = total(kDriveSum), delayed = total(kDelayedSum);
+    if (gated) {
+      const float4 x = total(kGateSum);
+      const Four<bf16> packed =
+          pack<bf16>({gate_of(x.x, bf16{}), gate_of(x.y, bf16{}), gate_of(x.z, bf16{}), gate_of(x.w, bf16{})});
+      if (own) put4(in_global<bf16>(tile.g) + offset, packed);
+      if (own) put4(in_global<bf16>(tile.d) + offset, pack<bf16>(drive));
+      const float4 gate = unpack<bf16>(packed);
+      as_array(input, {fmaf(drive.x, gate.x, delayed.x), fmaf(drive.y, gate.y, delayed.y),
+                       fmaf(drive.z, gate.z, delayed.z), fmaf(drive.w, gate.w, delayed.w)});
+    } else {
+      as_array(input, {drive.x + delayed.x, drive.y + delayed.y, drive.z + delayed.z, drive.w + delayed.w});
+    }
+    float past[4], w[4], v[4], u[4], s[4];
+    if (token > 0) {
+      as_array(past, local.past[i][lane]), as_array(w, local.w[i][lane]);
+    } else {
+      as_array(past, load4(in_global<const float>(state.v) + cell)),
+          as_array(w, load4(in_global<const float>(state.w) + cell));
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        v[j] = fmaf(gain[j], input[j], past[j]);
-        u[j] = v[j] - 1.0f;
-        s[j] = emit(v[j], call.max_spike);
-        spoken[j] += own && s[j] > 0;
+        past[j] = past_of(past[j], w[j], rounded<bf16>(emit(past[j], call.max_spike)), alpha[j]);
       }
-      const Four<bf16> spikes = pack<bf16>({s[0], s[1], s[2], s[3]});
-      as_array(s, unpack<bf16>(spikes));
-      if (own) {
-        speak4(in_global<bf16>(tile.s) + offset, spikes);
-        if (!Plain && tile.emitted != tile.s) {
-          const float4 mask =
-              dropout_mask(call.dropout, tile.region, tile.offset + lane_receiver(), token, stream0 + row);
-          speak4(in_global<bf16>(tile.emitted) + offset,
-                 pack<bf16>({s[0] * mask.x, s[1] * mask.y, s[2] * mask.z, s[3] * mask.w}));
-        }
-        put4(in_global<bf16>(tile.u) + offset, pack<bf16>({u[0], u[1], u[2], u[3]}));
-      }
+    }
+    if (!Plain && call.resets && own && call.resets[row0 + row]) {
+      as_array(past, float4{0, 0, 0, 0}), as_array(w, float4{0, 0, 0, 0});
+    }
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        w[j] = fmaf(rho[j], w[j], fmaf(a[j], v[j], b[j] * s[j]));
-        past[j] = past_of(v[j], w[j], s[j], alpha[j]);
+    for (int j = 0; j < 4; ++j) {
+      v[j] = fmaf(gain[j], input[j], past[j]);
+      u[j] = v[j] - 1.0f;
+      s[j] = emit(v[j], call.max_spike);
+      spoken[j] += own && s[j] > 0;
+    }
+    const Four<bf16> spikes = pack<bf16>({s[0], s[1], s[2], s[3]});
+    as_array(s, unpack<bf16>(spikes));
+    if (own) {
+      speak4(in_global<bf16>(tile.s) + offset, spikes);
+      if (!Plain && tile.emitted != tile.s) {
+        const float4 mask =
+            dropout_mask(call.dropout, tile.region, tile.offset + lane_receiver(), token, stream0 + row);
+        speak4(in_global<bf16>(tile.emitted) + offset,
+               pack<bf16>({s[0] * mask.x, s[1] * mask.y, s[2] * mask.z, s[3] * mask.w}));
       }
-      local.past[i][lane] = {past[0], past[1], past[2], past[3]};
-      local.w[i][lane] = {w[0], w[1], w[2], w[3]};
-      if (last && own) {
-        store4(in_global<float>(state.next_v) + cell, {v[0], v[1], v[2], v[3]});
-        store4(in_global<float>(state.next_w) + cell, {w[0], w[1], w[2], w[3]});
+      put4(in_global<bf16>(tile.u) + offset, pack<bf16>({u[0], u[1], u[2], u[3]}));
+    }
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sound &= fabsf(v[j]) <= kLargestState && fabsf(w[j]) <= kLargestState;
-      }
+    for (int j = 0; j < 4; ++j) {
+      w[j] = fmaf(rho[j], w[j], fmaf(a[j], v[j], b[j] * s[j]));
+      past[j] = past_of(v[j], w[j], s[j], alpha[j]);
+    }
+    local.past[i][lane] = {past[0], past[1], past[2], past[3]};
+    local.w[i][lane] = {w[0], w[1], w[2], w[3]};
+    if (last && own) {
+      store4(in_global<float>(state.next_v) + cell, {v[0], v[1], v[2], v[3]});
+      store4(in_global<float>(state.next_w) + cell, {w[0], w[1], w[2], w[3]});
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sound &= fabsf(v[j]) <= kLargestState && fabsf(w[j]) <= kLargestState;
     }
   }
   local.count[lane] = *reinterpret_cast<int4*>(spoken);
-  meet(band);  // the rings are free again
+  meet(band);  // the other has read the last
   if (!last) return;
   if (!sound) atomicOr(&call.verdict->state_not_finite, 1);
   int* counts = tables.regions[tile.region].spike_count + tile.offset + lane_receiver();

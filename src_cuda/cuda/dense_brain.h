@@ -11,12 +11,26 @@ namespace neurogen::cuda {
 constexpr int kDenseBands = 4;   // of streams, that a block of threads works on at a time
 constexpr int kDenseHalves = 2;  // warps of a band: they divide the sources of a tile
 constexpr int kDenseWarps = kDenseBands * kDenseHalves, kDenseThreads = 32 * kDenseWarps;
-constexpr int kDenseRing = 2;  // streamed blocks of a warp that are on their way
+constexpr int kDenseRing = 4;  // streamed blocks of a half that are on their way or in use
 constexpr size_t kDenseBlockBytes = kBlockArea * 2;
-constexpr size_t kDenseRingBytes = kDenseWarps * kDenseRing * kDenseBlockBytes;
+
 constexpr int kTileConstants = 5 * kBlock;
 
 enum DenseKind { kGateSum, kDriveSum, kDelayedSum, kSums };
+
+// How blocks of weights that do not stay in shared memory pass through it, once for all bands. Numbers count those of a
+// half since the launch began; number p lies in place p % kDenseRing.
+struct DenseConveyor {
+  uint64_t there[kDenseHalves][kDenseRing];  // barriers: turn over when a place is filled
+  int32_t asked[kDenseHalves];               // the next number to bring
+  int32_t used[kDenseHalves][kDenseBands];   // how many a band has done with
+  uint64_t unused;                           // the rest of 16 bytes
+};
+
+// Of shared memory whatever the share: what streams, what warps exchange, the conveyor.
+constexpr size_t kDenseRingBytes = kDenseHalves * kDenseRing * kDenseBlockBytes;
+constexpr size_t kDenseExchangeBytes = kDenseWarps * kSums * 32 * 16;
+constexpr size_t kDenseFixedBytes = kDenseRingBytes + kDenseExchangeBytes + sizeof(DenseConveyor);
 
 // 32 sources that a tile hears at one delay: they are read once for all sums that they enter.
 struct DenseSource {

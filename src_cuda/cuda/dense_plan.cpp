@@ -137,7 +137,7 @@ void CudaModel::plan_dense(const std::vector<TileName>& names,
 size_t CudaModel::dense_bytes(int steps, bool with_weights) const {
   size_t most = 0;
   for (const DenseShare& share : shares_of_dense_) {
-    most = std::max(most, share.table_bytes + kDenseRingBytes + share.tiles * dense_state_bytes(steps) +
+    most = std::max(most, share.table_bytes + kDenseFixedBytes + share.tiles * dense_state_bytes(steps) +
                               (with_weights ? share.blocks * kDenseBlockBytes : 0));
   }
   return most;
@@ -148,7 +148,7 @@ void CudaModel::describe_dense(const DenseShape& shape, std::vector<std::pair<st
   const auto largest = std::max_element(shares_of_dense_.begin(), shares_of_dense_.end(),
                                         [](const DenseShare& x, const DenseShare& y) { return x.blocks < y.blocks; });
   const size_t rest =
-      shape.shared_bytes - largest->table_bytes - kDenseRingBytes - largest->tiles * dense_state_bytes(shape.steps);
+      shape.shared_bytes - largest->table_bytes - kDenseFixedBytes - largest->tiles * dense_state_bytes(shape.steps);
   const auto kib = [](size_t bytes) { return std::to_string((bytes + 512) >> 10) + " KiB"; };
   const size_t blocks = static_cast<size_t>(largest->blocks);
   const std::map<std::string, std::string> said = {

@@ -73,9 +73,13 @@ def test_two_runs_are_equal_bit_for_bit(preset, precision, B, T):
     assert ends[0] == ends[1]
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    ("precision", "brain"), [*((precision, "sparse") for precision in PRECISIONS), ("bf16", "dense")]
+)
 @pytest.mark.parametrize("B", [65, 130])
-def test_streams_in_one_group_or_many_give_the_same_bits(monkeypatch, precision, B):
+def test_streams_in_one_group_or_many_give_the_same_bits(monkeypatch, precision, brain, B):
+    """In both brain launches; they are not equal to each other, sums have another order."""
+    monkeypatch.setenv("NEUROGEN_BRAIN", brain)
     ends, plans = [], []
     for group in (None, "1", "32", "64", "1000"):
         if group is None:
@@ -89,6 +93,7 @@ def test_streams_in_one_group_or_many_give_the_same_bits(monkeypatch, precision,
         ends.append((results, spikes, contents(model)))
         plans.append(str(model.execution_plan))
     assert len(set(plans)) >= 4, f"the variable was not obeyed: {plans}"
+    assert all(("dense" in plan) == (brain == "dense") for plan in plans)
     assert all(end == ends[0] for end in ends[1:])
 
 
@@ -107,6 +112,28 @@ def test_items_that_go_from_warp_to_warp_give_the_same_bits(monkeypatch):
         del model
     assert plans == ["32", "8"]
     assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_small_has_a_brain_launch_of_its_own(monkeypatch, dropout):
+    """Bands of streams share what streams through shared memory, and the last group has fewer of them: same bits. The
+    other launch's sums differ by rounding alone."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 256, (2, 100, 12), dtype=np.int32)
+    resets = rng.random((100, 12)) < 0.05 if dropout else None
+    ends, plans = [], []
+    for brain, group in (("", None), ("", "70"), ("", "16"), ("sparse", None)):
+        monkeypatch.setenv("NEUROGEN_BRAIN", brain)
+        monkeypatch.setenv("NEUROGEN_STREAM_GROUP", group or "100")
+        cfg = ng.Config.preset("small", dropout=dropout)
+        model = ng.NeuroGen(cfg, backend="cuda", streams=100, max_tokens=12, seed=1)
+        results = [model.train_step_batch(part, np.roll(part, -1, 1).copy(), resets=resets) for part in ids]
+        ends.append(([(result.loss, result.grad_norm) for result in results], contents(model)))
+        plans.append(model.execution_plan["brain launch"])
+        del model
+    assert ["dense" in plan for plan in plans] == [True, True, True, False]
+    assert ends[1] == ends[0] and ends[2] == ends[0]
+    assert abs(ends[3][0][0][0] - ends[0][0][0][0]) <= 2e-3 * ends[0][0][0][0]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -177,7 +177,10 @@ def distance(one, other):
     return float(np.linalg.norm(one - other) / np.linalg.norm(other))
 
 
-def test_bf16(case):
+@pytest.mark.parametrize("brain", ["sparse", "dense"])
+def test_bf16(case, brain, monkeypatch):
+    """By both brain launches; the one for dense connectomes takes calls of 32 streams and 4 tokens or more."""
+    monkeypatch.setenv("NEUROGEN_BRAIN", brain)
     model, result, recorded = on_gpu(case, "bf16")
     exact = replayed(case, recorded)
     naive = replayed(case, recorded, rounded=to_bf16)

@@ -110,11 +110,7 @@ void CudaModel::lay_out_connectome() {
     plan->shares = arena_.take<Share>(part, tiles_);
     plan->resident = arena_.take<int32_t>(part, terms);
   }
-}
-
-template <class T>
-void CudaModel::upload(T* to, const std::vector<T>& from) {
-  if (!from.empty()) NG_CUDA(cudaMemcpy(to, from.data(), from.size() * sizeof(T), cudaMemcpyHostToDevice));
+  lay_out_dense(brain);
 }
 
 // Groups of blocks with a source in common, at most: full ones, and a rest for every tile that is heard (twice where
@@ -348,6 +344,7 @@ void CudaModel::plan_launch(BrainPlan& plan, const std::vector<TileName>& names,
   upload(plan.terms, terms);
   upload(plan.shares, shares);
   upload(plan.resident, resident);
+  if (&plan == &outside_) plan_dense(names, brain, owned);
 }
 
 // Of a call with all streams and tokens.
@@ -355,16 +352,20 @@ std::vector<std::pair<std::string, std::string>> CudaModel::execution_plan() con
   const BrainPlan& plan = brain_plan(spec_.streams, spec_.max_tokens);
   const BrainShape shape = brain_shape(plan, spec_.streams, spec_.max_tokens);
   const auto kib = [](size_t bytes) { return std::to_string((bytes + 512) >> 10) + " KiB"; };
-  return {{"device", cuda_device(spec_.device).name},
-          {"precision", spec_.bf16 ? "bf16" : "fp32"},
-          {"brain launch", std::to_string(shape.grid) + " blocks of " + std::to_string(kBrainThreads) +
-                               " threads, shared memory of each: " + kib(shape.shared_bytes)},
-          {"streams at a time", std::to_string(shape.group)},
-          {"v and w", shape.local ? "in shared memory" : "in global memory"},
-          {"weights between neurons", "up to " + kib(shape.slots * kBlockArea * real_size()) + " of " +
-                                          kib(plan.most_terms * kBlockArea * real_size()) +
-                                          " in the shared memory of a block, the rest is streamed"},
-          {"logits at a time", std::to_string(logit_rows_) + " rows"}};
+  std::vector<std::pair<std::string, std::string>> out = {
+      {"device", cuda_device(spec_.device).name},
+      {"precision", spec_.bf16 ? "bf16" : "fp32"},
+      {"brain launch", std::to_string(shape.grid) + " blocks of " + std::to_string(kBrainThreads) +
+                           " threads, shared memory of each: " + kib(shape.shared_bytes)},
+      {"streams at a time", std::to_string(shape.group)},
+      {"v and w", shape.local ? "in shared memory" : "in global memory"},
+      {"weights between neurons", "up to " + kib(shape.slots * kBlockArea * real_size()) + " of " +
+                                      kib(plan.most_terms * kBlockArea * real_size()) +
+                                      " in the shared memory of a block, the rest is streamed"},
+      {"logits at a time", std::to_string(logit_rows_) + " rows"}};
+  const DenseShape dense = dense_shape(spec_.streams, spec_.max_tokens);
+  if (dense.group > 0) describe_dense(dense, out);
+  return out;
 }
 
 }  // namespace neurogen::cuda

@@ -324,7 +324,8 @@ void CudaModel::normalize_rows(const float* o, int64_t rows, float* broca, void*
 // Few streams leave the launch waiting for spikes most of the time: then the embedding's products are better made
 // outside it, for all tokens at once. For few tokens they are not worth launches of their own.
 const BrainPlan& CudaModel::brain_plan(int streams, int tokens) const {
-  return inside_.usable && (streams >= kInsideStreams || tokens < kResidentTokens) ? inside_ : outside_;
+  const bool worth = streams >= kInsideStreams || tokens < kResidentTokens;
+  return inside_.usable && worth && dense_shape(streams, tokens).group == 0 ? inside_ : outside_;
 }
 
 // `group` streams at a time, v and w in shared memory before weights, for those are read and written each tick.
@@ -408,6 +409,7 @@ void CudaModel::run_brain() {
   });
   launched();
   NG_CUDA(cudaMemsetAsync(spike_counts_, 0, sizeof(int) * total_neurons(), stream_.get()));
+  if (run_dense_brain()) return;
   const bool plain = !has_resets_ && spec_.dropout == 0;
   void* kernel = spec_.bf16 ? (plain ? brain_kernel<bf16, true>(shape) : brain_kernel<bf16, false>(shape))
                             : (plain ? brain_kernel<float, true>(shape) : brain_kernel<float, false>(shape));

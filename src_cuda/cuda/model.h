@@ -19,6 +19,7 @@
 
 #include "arena.h"
 #include "cublas.h"
+#include "dense_brain.h"
 #include "device.h"
 #include "neurogen/model.h"
 #include "state.h"
@@ -227,7 +228,20 @@ class CudaModel final : public Model {
   void plan_launch(BrainPlan& plan, const std::vector<TileName>& names,
                    const std::vector<std::array<std::vector<Term>, 3>>& brain);
   template <class T>
-  void upload(T* to, const std::vector<T>& from);
+  void upload(T* to, const std::vector<T>& from) {
+    if (!from.empty()) NG_CUDA(cudaMemcpy(to, from.data(), from.size() * sizeof(T), cudaMemcpyHostToDevice));
+  }
+
+  // dense_plan.cpp and dense_brain.cu: the brain launch of dense connectomes
+  void lay_out_dense(int64_t terms);
+  std::vector<DenseSource> dense_sources(const TileName& name, const std::array<std::vector<Term>, kSums>& terms,
+                                         const std::vector<size_t>& work) const;
+  void plan_dense(const std::vector<TileName>& names, const std::vector<std::array<std::vector<Term>, kSums>>& brain,
+                  const std::vector<std::vector<int>>& owned);
+  size_t dense_bytes(int steps, bool with_weights) const;
+  void describe_dense(const DenseShape& shape, std::vector<std::pair<std::string, std::string>>& plan) const;
+  DenseShape dense_shape(int streams, int tokens) const;
+  bool run_dense_brain();  // false: not a call for it
 
   // tokens.cu
   void begin(CudaState& state, int streams, int tokens);
@@ -355,6 +369,13 @@ class CudaModel final : public Model {
   int processors_ = 0, base_grid_ = 0, replicas_ = 0, stream_group_ = 0;
   size_t shared_limit_ = 0;
   BrainPlan outside_, inside_;  // the embedding's blocks are multiplied outside the launch, inside it
+  // The same for dense connectomes; null for others.
+  DenseTile* dense_tiles_ = nullptr;
+  DenseSource* dense_sources_ = nullptr;
+  DenseShare* dense_shares_ = nullptr;
+  int32_t* dense_blocks_ = nullptr;          // share by share
+  void* dense_weights_ = nullptr;            // room for the kernel's copy of what it streams
+  std::vector<DenseShare> shares_of_dense_;  // on the host
 
   // Parameters: [blocks | decoder | decoder bias | region biases | embedding], each padded to kUnit values, so that one
   // launch updates them all; gradients and moments have the same offsets.

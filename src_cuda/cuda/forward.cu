@@ -245,16 +245,13 @@ void CudaModel::forward() {
   refresh_derived();
   with_real(spec_.bf16, [&](auto real) {
     using Real = decltype(real);
-    multiply_blocks<Real>(stream_.get(), embed_drive_, forward_blocks_, rows_, 0, tiles_,
-                          StoreDrive<Real>{region_views_, tile_names_});
-    launched();
-    multiply_blocks<Real>(stream_.get(), embed_gate_, forward_blocks_, rows_, 0, tiles_,
-                          StoreGate<Real>{region_views_, tile_names_});
-    launched();
+    launched(multiply_blocks<Real>(stream_.get(), embed_drive_, forward_blocks_, rows_, 0, tiles_,
+                                   StoreDrive<Real>{region_views_, tile_names_}));
+    launched(multiply_blocks<Real>(stream_.get(), embed_gate_, forward_blocks_, rows_, 0, tiles_,
+                                   StoreGate<Real>{region_views_, tile_names_}));
     run_brain();
-    multiply_blocks<Real>(stream_.get(), hear_, forward_blocks_, rows_, 0, spec_.dim / kBlock,
-                          StoreRows{o_, spec_.dim});
-    launched();
+    launched(multiply_blocks<Real>(stream_.get(), hear_, forward_blocks_, rows_, 0, spec_.dim / kBlock,
+                                   StoreRows{o_, spec_.dim}));
   });
   const int64_t channels = int64_t{call_streams_} * spec_.dim;
   integrate_kernel<<<static_cast<int>((channels + 127) / 128), 128, 0, stream_.get()>>>(

@@ -71,7 +71,7 @@ struct StoreSignal {
             dropout_mask(dropout, region, neuron, static_cast<int>(row / streams), static_cast<int>(row % streams));
         sums = {sums.x * mask.x, sums.y * mask.y, sums.z * mask.z, sums.w * mask.w};
       }
-      store4(to + row * kBlock, sums);
+      store_sums(to + row * kBlock, sums);
     };
   }
 };

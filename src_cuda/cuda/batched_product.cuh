@@ -24,6 +24,13 @@ constexpr int kProductRounds = 8;                                    // at most
 constexpr int kQuartetRows = kRight * kBlock;
 static_assert(kQuartet == kLeft, "a quartet's blocks are the left operand");
 
+// store4() that the compiler does not take apart, as it does between the branches of an unrolled finish.
+__device__ inline void store_sums(float* to, float4 sums) { store4(to, sums); }
+__device__ inline void store_sums(bf16* to, float4 sums) {
+  const uint2 raw = pack<bf16>(sums).raw;
+  *reinterpret_cast<uint64_t*>(to) = uint64_t{raw.y} << 32 | raw.x;
+}
+
 template <class Real, class Finish>
 __global__ void __launch_bounds__(kProductWarps * 32)
     multiply_blocks_kernel(TermList list, const int32_t* soloists, const Real* weights, int64_t rows,
@@ -69,16 +76,16 @@ template <class Finish>
 __global__ void __launch_bounds__(kDenseThreads, 1)
     multiply_quartets_kernel(const Term* terms, const Quartet* quartets, int count, const bf16* weights, int rows,
                              Finish finish) {
-  extern __shared__ uint4 ring[];
-  const int tiles = (rows + kQuartetRows - 1) / kQuartetRows * count;
+  extern __shared__ __align__(128) uint4 ring[];
+  const int tiles = (rows + kQuartetRows - 1) / kQuartetRows * count, place = fill_row() * kBlock + fill_part() * 8;
   // The thread's next fetch: its tile, its term, and what that term says of its squares.
-  int tile = blockIdx.x, at = 0, first_row = 0;
+  int tile = blockIdx.x, at = 0, row = 0;
   Quartet ahead{};
   const bf16* source = nullptr;
   int32_t block[kLeft / kSquaresAtOnce] = {};
   const auto look = [&] {
     if (tile >= tiles) return;
-    if (at == 0) ahead = quartets[tile % count], first_row = tile / count * kQuartetRows;
+    if (at == 0) ahead = quartets[tile % count], row = (tile / count * kRight + fill_square()) * kBlock + fill_row();
     const Term* term = terms + ahead.begin + at;
     source = static_cast<const bf16*>(term->source);
 #pragma unroll
@@ -86,24 +93,23 @@ __global__ void __launch_bounds__(kDenseThreads, 1)
       block[i] = term[(i * kSquaresAtOnce + fill_square()) * ahead.terms].block;
     }
   };
-  const auto fetch = [&](uint4* stage) {
+  const auto fetch = [&](unsigned to) {
     if (tile >= tiles) return;
-    const int place = fill_row() * kBlock + fill_part() * 8;
 #pragma unroll
     for (int i = 0; i < kLeft / kSquaresAtOnce; ++i) {
-      fill(stage, i * kSquaresAtOnce + fill_square(), weights + int64_t{block[i]} * kBlockArea + place, true);
+      fill(to + i * kFillStep, weights + int64_t{block[i]} * kBlockArea + place, true);
     }
+    const bf16* from = source + int64_t{row} * kBlock + fill_part() * 8;
 #pragma unroll
     for (int i = 0; i < kRight / kSquaresAtOnce; ++i) {
-      const int square = i * kSquaresAtOnce + fill_square(), row = first_row + square * kBlock;
-      const bool counts = row + fill_row() < rows;
-      fill(stage, kLeft + square, source + (counts ? row * kBlock + place : 0), counts);
+      constexpr int kRowStep = kSquaresAtOnce * kBlock;
+      fill(to + kLeft * kSquareBytes + i * kFillStep, from + i * kRowStep * kBlock, row + i * kRowStep < rows);
     }
     if (++at == ahead.terms) at = 0, tile += gridDim.x;
     look();
   };
   look();
-  DenseProduct<false> product(ring, true);
+  DenseProduct<false> product(ring);
   product.begin(fetch);
   for (int mine = blockIdx.x; mine < tiles; mine += gridDim.x) {
     const Quartet quartet = quartets[mine % count];

@@ -99,7 +99,7 @@ void CudaModel::lay_out_connectome() {
     if (!embedded && !spoken) brain += blocks;
     if (embedded) embed_pull += blocks;
     if (!embedded && p.delay == 0) pull += blocks;
-    const int64_t rows = spec_.width(p.dst) / kBlock, columns = spec_.width(p.src) / kBlock;
+    const int64_t rows = wide(p, 0, 0) ? spec_.width(p.dst) / kBlock : 0, columns = spec_.width(p.src) / kBlock;
     for (int64_t row = 0; row < rows; row += kRectangleRows) {
       for (int64_t col = 0; col < columns; col += kRectangleColumns) rectangles += wide(p, row, col);
     }
@@ -134,8 +134,8 @@ void CudaModel::upload(T* to, const std::vector<T>& from) {
 // dropout tells delayed receivers from the others).
 int64_t CudaModel::most_groups() const { return blocks_ / kGroup + 2 * int64_t{tiles_} + spec_.dim / kBlock; }
 
-// Does the gradient of this block belong to a rectangle? To one that is worth it: for two blocks a whole rectangle
-// would have to be computed.
+// Does the gradient of this block belong to a rectangle? The first of a projection is the largest. One of a few blocks
+// is not worth it, for it takes as long as a full one.
 bool CudaModel::wide(const ProjectionSpec& p, int64_t row, int64_t col) const {
   const int64_t rows = spec_.width(p.dst) / kBlock, columns = spec_.width(p.src) / kBlock;
   if (!spec_.bf16 || p.blocks_per_row != columns) return false;

@@ -41,15 +41,19 @@ __device__ inline void load_matrices(unsigned (&out)[4], unsigned row) {
 
 __device__ inline unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
 
-// A thread's share of filling a stage: 16 bytes of the same row of every second square. Squares 0 .. kLeft-1 are the
-// left operand's. from: the thread's place in global memory, readable even where it does not count (then: zeros).
-constexpr int kSquaresAtOnce = kDenseThreads / (kSquareBytes / 16);
+// A thread's share of filling a stage: 16 bytes of the same row of squares fill_square(), fill_square() +
+// kSquaresAtOnce, ... Squares 0 .. kLeft-1 are the left operand's.
+constexpr int kSquaresAtOnce = kDenseThreads * 16 / kSquareBytes;
+constexpr int kFillStep = kSquaresAtOnce * kSquareBytes;  // from one of a thread's squares to the next
 __device__ inline int fill_square() { return threadIdx.x / (kSquareBytes / 16); }
 __device__ inline int fill_row() { return threadIdx.x / 4 % kBlock; }
 __device__ inline int fill_part() { return threadIdx.x % 4; }
-__device__ inline void fill(uint4* stage, int square, const bf16* from, bool counts) {
-  __pipeline_memcpy_async(stage + square * (kSquareBytes / 16) + slot64(fill_row(), fill_part()), from, 16,
-                          counts ? 0 : 16);
+
+// Starts a copy of 16 bytes to shared memory; of zeros where it does not count, `from` is then not read.
+__device__ inline void fill(unsigned to, const bf16* from, bool counts) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)),
+               "r"(counts ? 16 : 0)
+               : "memory");
 }
 
 // Transposed: K runs along the rows of squares.
@@ -59,13 +63,14 @@ class DenseProduct {
   // [16 of the left][8 of the right][values of a lane], see first_left() and first_right()
   float sum[4][8][4];
 
-  // busy: some of this warp's sums are wanted.
-  __device__ DenseProduct(uint4* ring, bool busy) : ring_(ring), busy_(busy) {
-    const int lane = threadIdx.x % 32;
+  explicit __device__ DenseProduct(const uint4* ring) {
+    const unsigned lane = threadIdx.x % 32, first = shared_address(ring);
+    fill_ = first + fill_square() * kSquareBytes + slot64(fill_row(), fill_part()) * 16;
     // Matrices in the order (rows 0-7, part 0), (8-15, 0), (0-7, 1), (8-15, 1) of 16 rows and two parts, or with the
     // second and the third exchanged. The tensor core wants 8 outputs x 8 of K: the left's next eight outputs before
     // its next eight of K, the right's the other way round.
-    const int down = slot64(lane % 16, lane / 16) * 16, across = slot64(lane / 16 * 8 + lane % 8, lane / 8 % 2) * 16;
+    const unsigned down = first + slot64(lane % 16, lane / 16) * 16,
+                   across = first + slot64(lane / 16 * 8 + lane % 8, lane / 8 % 2) * 16;
     left_ = (Transposed ? across : down) + first_left() / kBlock * kSquareBytes;
     right_ = (Transposed ? down : across) + (kLeft + first_right() / kBlock) * kSquareBytes;
   }
@@ -82,7 +87,8 @@ class DenseProduct {
     }
   }
 
-  // fetch(stage) starts the copies of the next 32 of K; it is called kStages - 1 times more often than step().
+  // fetch(to) starts the copies of the next 32 of K, to: this thread's place in its first square. It is called
+  // kStages - 1 times more often than step().
   template <class Fetch>
   __device__ void begin(Fetch&& fetch) {
     for (at_ = 0; at_ < kStages - 1; ++at_) start(fetch);
@@ -111,7 +117,7 @@ class DenseProduct {
   // at_: the stage to fill. The one to read is the next of the ring.
   template <class Fetch>
   __device__ void start(Fetch& fetch) {
-    fetch(ring_ + at_ * (kStageBytes / 16));
+    fetch(fill_ + at_ * kStageBytes);
     __pipeline_commit();
   }
 
@@ -120,10 +126,10 @@ class DenseProduct {
     __syncthreads();
   }
 
-  // Half h of the 32 of K. Within a square 16 rows are 1024 bytes, and two parts are bit 5.
+  // Half h of the 32 of K. Within a square 16 rows are 1024 bytes, and two parts are bit 5 (of addresses, too: the ring
+  // is aligned to 128 bytes).
   __device__ void load(Operands& to, int h) const {
-    if (!busy_) return;
-    const unsigned stage = shared_address(ring_) + (at_ + 1) % kStages * kStageBytes;
+    const unsigned stage = (at_ + 1) % kStages * kStageBytes;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int down = Transposed ? h : i % 2, across = Transposed ? i % 2 : h;
@@ -134,7 +140,6 @@ class DenseProduct {
   }
 
   __device__ void add(const Operands& by) {
-    if (!busy_) return;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
@@ -147,10 +152,8 @@ class DenseProduct {
     }
   }
 
-  uint4* ring_;
-  bool busy_;
   unsigned at_ = 0;
-  unsigned left_, right_;  // bytes from a stage's first: the lane's rows of matrices
+  unsigned fill_, left_, right_;  // in the first stage: where the thread fills, and the lane's rows of matrices
   Operands now_, next_;
 };
 

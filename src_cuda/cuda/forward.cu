@@ -135,7 +135,7 @@ struct StoreDrive {
     const int offset = tiles[tile].offset;
     return [d = static_cast<Real*>(region.d) + offset / kBlock * region.stride + lane,
             bias = load4(region.bias + offset + lane)](int64_t row, float4 sums) {
-      store4(d + row * kBlock, {bias.x + sums.x, bias.y + sums.y, bias.z + sums.z, bias.w + sums.w});
+      store_sums(d + row * kBlock, {bias.x + sums.x, bias.y + sums.y, bias.z + sums.z, bias.w + sums.w});
     };
   }
 };

@@ -81,8 +81,8 @@ struct TermList {
   int32_t* begin = nullptr;
 };
 
-// Four neighbouring receivers that hear the same sources in the same order: their lists are begin .. begin + terms and
-// the three of the same length behind that.
+// Four neighbouring receivers that hear the same sources in the same order. The first one's terms are [begin, begin +
+// terms), the others' the three times as many that follow.
 constexpr int kQuartet = 4;
 struct Quartet {
   int32_t receiver, begin, terms;
@@ -131,8 +131,8 @@ struct SourceGroup {
   BlockJob jobs[kGroup];
 };
 
-// Neighbouring blocks of a dense projection for the same kernel's wide sister: up to kRectangleRows x
-// kRectangleColumns.
+// Neighbouring blocks of a dense projection, whose gradients are computed together: up to kRectangleRows x
+// kRectangleColumns of them.
 constexpr int kRectangleRows = 4, kRectangleColumns = 8;
 struct Rectangle {
   const void *error, *source;  // row 0 of the first panel of each

@@ -12,6 +12,8 @@
 namespace neurogen::cuda {
 namespace {
 
+static_assert(kRectangleRows == kLeft && kRectangleColumns == kRight, "a rectangle is one dense product");
+
 constexpr int kPieceBytes = 4096;  // of 32 columns: 64 rows of bf16, 32 of float
 
 struct Gradients {
@@ -178,69 +180,59 @@ __global__ void __launch_bounds__(kGroup * 32) multiply_errors_kernel(Gradients 
   });
 }
 
-// K runs over the rows of the errors; the source's are `delay` tokens before them.
+// A block of threads takes a rectangle: the errors are the left operand, the sources the right one, and K runs over the
+// rows of the errors; the sources' are `delay` tokens before them. Squares that a smaller rectangle lacks are zeros.
 __global__ void __launch_bounds__(kDenseThreads, 1) multiply_rectangle_kernel(Gradients p) {
-  extern __shared__ uint4 ring[];
+  extern __shared__ __align__(128) uint4 ring[];
   const Rectangle job = p.rectangles[blockIdx.x];
   const int rows = static_cast<int>(p.rows), shift = job.delay * p.streams;
   const int32_t* ages = job.delay ? p.age : nullptr;
-  const bf16 *recent = nullptr, *errors = static_cast<const bf16*>(job.error) + fill_part() * 8,
-             *sources = static_cast<const bf16*>(job.source) + fill_part() * 8;
-  int64_t recent_stride = 0;
-  if (job.delay) {
-    recent_stride = int64_t{p.regions[job.region].history} * p.streams * kBlock;
-    recent = static_cast<const bf16*>(p.states[job.region].recent) + job.panel * recent_stride + fill_part() * 8;
-  }
-  // The thread's row of the next stage and, read one stage ahead, its age.
+  // The thread's row of the next stage in its first square of each operand, and its age, which is read a stage ahead.
   int row = fill_row(), age = 0;
+  const int64_t place = fill_square() * p.stride + row * kBlock + fill_part() * 8;
+  const bf16* error = static_cast<const bf16*>(job.error) + place;
+  const bf16* source = static_cast<const bf16*>(job.source) + place - int64_t{shift} * kBlock;
   const auto look = [&] {
     if (ages && row < rows) age = ages[row];
   };
-  const auto fetch = [&](uint4* stage) {
+  const auto fetch = [&](unsigned to) {
     const bool counts = row < rows && !(ages && age < job.delay);
-    const bf16 *error = errors, *source = sources;
-    int64_t stride = p.stride;
-    if (counts) {
-      error += row * kBlock;
-      if (row >= shift) {
-        source += (row - shift) * kBlock;
-      } else {
-        source = recent + carried_row(shift - row, p.streams) * kBlock;
-        stride = recent_stride;
+    const auto bring = [&](int first, int squares, int present, const bf16* from, int64_t stride) {
+#pragma unroll
+      for (int i = 0; i < squares / kSquaresAtOnce; ++i, from += kSquaresAtOnce * stride) {
+        fill(to + first * kSquareBytes + i * kFillStep, from, counts && i * kSquaresAtOnce + fill_square() < present);
       }
+    };
+    bring(0, kLeft, job.rows, error, p.stride);
+    const bf16* from = source;
+    int64_t stride = p.stride;
+    if (row < shift) {  // carried
+      stride = int64_t{p.regions[job.region].history} * p.streams * kBlock;
+      from = static_cast<const bf16*>(p.states[job.region].recent) + (job.panel + fill_square()) * stride +
+             carried_row(shift - row, p.streams) * kBlock + fill_part() * 8;
     }
-#pragma unroll
-    for (int i = 0; i < kLeft / kSquaresAtOnce; ++i) {
-      const int square = i * kSquaresAtOnce + fill_square();
-      if (square < job.rows) fill(stage, square, error + square * p.stride, counts);
-    }
-#pragma unroll
-    for (int i = 0; i < kRight / kSquaresAtOnce; ++i) {
-      const int square = i * kSquaresAtOnce + fill_square();
-      if (square < job.columns) fill(stage, kLeft + square, source + square * stride, counts);
-    }
-    row += kBlock;
+    bring(kLeft, kRight, job.columns, from, stride);
+    row += kBlock, error += kBlockArea, source += kBlockArea;
     look();
   };
-  using Product = DenseProduct<true>;
-  const int first_row = Product::first_left() / kBlock, first_column = Product::first_right() / kBlock;
-  Product product(ring, first_row < job.rows && first_column < job.columns);
+  DenseProduct<true> product(ring);
   product.clear();
   look();
   product.begin(fetch);
   for (int done = 0; done < rows; done += kBlock) product.step(fetch);
+  __pipeline_wait_prior(0);  // zeros beyond the last row
 
-  const int receiver = threadIdx.x % 32 / 4, source = threadIdx.x % 4 * 2;
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const int down = first_row + i / 2, along = first_column + j / 4;
+      const int down = product.first_left() / kBlock + i / 2, along = product.first_right() / kBlock + j / 4;
       if (down >= job.rows || along >= job.columns) continue;
       float* out = p.out + (int64_t{job.block} + down * job.row_blocks + along) * kBlockArea;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float2& to = *reinterpret_cast<float2*>(out + (i % 2 * 16 + half * 8 + receiver) * kBlock + j % 4 * 8 + source);
+        float2& to = *reinterpret_cast<float2*>(out + (i % 2 * 16 + half * 8 + g) * kBlock + j % 4 * 8 + 2 * t);
         float2 sum = {product.sum[i][j][2 * half], product.sum[i][j][2 * half + 1]};
         if (p.accumulate) sum.x += to.x, sum.y += to.y;
         to = sum;

@@ -95,7 +95,7 @@ struct StoreSignal {
             dropout_mask(dropout, region, neuron, static_cast<int>(row / streams), static_cast<int>(row % streams));
         sums = {sums.x * mask.x, sums.y * mask.y, sums.z * mask.z, sums.w * mask.w};
       }
-      store4(to + row * kBlock, sums);
+      store_sums(to + row * kBlock, sums);
     };
   }
 };
@@ -253,9 +253,8 @@ void CudaModel::learn_level(int level) {
   }
   with_real(spec_.bf16, [&](auto real) {
     using Real = decltype(real);
-    multiply_blocks<Real>(stream_.get(), pull_, transposed_blocks_, rows_, first, count,
-                          StoreSignal<Real>{region_views_, tile_names_, dropout(), call_streams_});
-    launched();
+    launched(multiply_blocks<Real>(stream_.get(), pull_, transposed_blocks_, rows_, first, count,
+                                   StoreSignal<Real>{region_views_, tile_names_, dropout(), call_streams_}));
     const int each = call_streams_ <= kFewStreams ? 1 : 2, streams = kScanThreads * each / kBlock;
     const dim3 grid(count, (call_streams_ + streams - 1) / streams);
     const auto walk = [&](auto resets) {

@@ -12,7 +12,8 @@
 namespace neurogen::cuda {
 namespace {
 
-constexpr int kTileCost = 4;  // a neuron update costs about as much as this many blocks
+constexpr int kTileCost = 4;      // a neuron update costs about as much as this many blocks
+constexpr int kQuartetTerms = 8;  // from so many terms on a quartet pays
 
 // Blocks of the embedding that a tile hears, on average, up to which the brain launch multiplies by them: cheaper than
 // writing their sums to memory (4 bytes a neuron) and reading them there. Many are cheaper for all tokens at once.
@@ -34,6 +35,19 @@ struct ListBuilder {
     return out;
   }
 };
+
+// Whether four receivers from `first` on hear the same, in the same order.
+bool is_quartet(const std::vector<std::vector<Term>>& of, int first) {
+  const auto same = [](const Term& x, const Term& y) { return x.source == y.source; };
+  const std::vector<Term>& terms = of[first];
+  const auto as_first = [&](const std::vector<Term>& other) {
+    return std::equal(terms.begin(), terms.end(), other.begin(), other.end(), same);
+  };
+  return terms.size() >= kQuartetTerms && std::all_of(&of[first] + 1, &of[first] + kQuartet, as_first);
+}
+
+// Of `count` rows or columns of blocks that are cut into rectangles: how many the rectangle of `at` has.
+int64_t rectangle_part(int64_t at, int64_t count, int64_t whole) { return std::min(whole, count - at / whole * whole); }
 
 int stream_group_override() {
   const char* text = std::getenv("NEUROGEN_STREAM_GROUP");
@@ -79,7 +93,7 @@ void CudaModel::connect() {
 
 void CudaModel::lay_out_connectome() {
   const char* part = "connectome";
-  int64_t brain = 0, drive = 0, gate = 0, hear = 0, pull = 0, embed_pull = 0;
+  int64_t brain = 0, drive = 0, gate = 0, hear = 0, pull = 0, embed_pull = 0, rectangles = 0;
   for (size_t i = 0; i < spec_.projections.size(); ++i) {
     const ProjectionSpec& p = spec_.projections[i];
     const int64_t blocks = first_block_[i + 1] - first_block_[i];
@@ -89,18 +103,26 @@ void CudaModel::lay_out_connectome() {
     if (!embedded && !spoken) brain += blocks;
     if (embedded) embed_pull += blocks;
     if (!embedded && p.delay == 0) pull += blocks;
+    const int64_t rows = wide(p, 0, 0) ? spec_.width(p.dst) / kBlock : 0, columns = spec_.width(p.src) / kBlock;
+    for (int64_t row = 0; row < rows; row += kRectangleRows) {
+      for (int64_t col = 0; col < columns; col += kRectangleColumns) rectangles += wide(p, row, col);
+    }
   }
-  const auto list = [&](int64_t receivers, int64_t terms) {
-    return TermList{arena_.take<Term>(part, terms), arena_.take<int32_t>(part, receivers + 1)};
+  const auto list = [&](ProductList& to, int64_t receivers, int64_t terms) {
+    to.terms = arena_.take<Term>(part, terms);
+    to.begin = arena_.take<int32_t>(part, receivers + 1);
+    to.quartets = arena_.take<Quartet>(part, receivers / kQuartet);
+    to.soloists = arena_.take<int32_t>(part, receivers);
   };
   const int64_t dim_tiles = spec_.dim / kBlock;
-  embed_drive_ = list(tiles_, drive);
-  embed_gate_ = list(tiles_, gate);
-  pull_ = list(tiles_, pull);
-  embed_pull_ = list(dim_tiles, embed_pull);
-  hear_ = list(dim_tiles, hear);
+  list(embed_drive_, tiles_, drive);
+  list(embed_gate_, tiles_, gate);
+  list(pull_, tiles_, pull);
+  list(embed_pull_, dim_tiles, embed_pull);
+  list(hear_, dim_tiles, hear);
   tile_names_ = arena_.take<TileName>(part, tiles_);
   groups_ = arena_.take<SourceGroup>(part, most_groups());
+  rectangles_ = arena_.take<Rectangle>(part, rectangles);
   inside_.usable = drive + gate <= kInsideTerms * tiles_;
   for (BrainPlan* plan : {&outside_, &inside_}) {
     if (plan == &inside_ && !inside_.usable) continue;
@@ -116,6 +138,14 @@ void CudaModel::lay_out_connectome() {
 // Groups of blocks with a source in common, at most: full ones, and a rest for every tile that is heard (twice where
 // dropout tells delayed receivers from the others).
 int64_t CudaModel::most_groups() const { return blocks_ / kGroup + 2 * int64_t{tiles_} + spec_.dim / kBlock; }
+
+// Does the gradient of this block belong to a rectangle? The first of a projection is the largest. One of a few blocks
+// is not worth it, for it takes as long as a full one.
+bool CudaModel::wide(const ProjectionSpec& p, int64_t row, int64_t col) const {
+  const int64_t rows = spec_.width(p.dst) / kBlock, columns = spec_.width(p.src) / kBlock;
+  if (!spec_.bf16 || p.blocks_per_row != columns) return false;
+  return rectangle_part(row, rows, kRectangleRows) * rectangle_part(col, columns, kRectangleColumns) >= kGroup;
+}
 
 // Errors at the receivers of a projection (after the reverse scan), row 0.
 const void* CudaModel::error_of(const ProjectionSpec& p) const {
@@ -137,6 +167,7 @@ void CudaModel::build_lists() {
   // Terms of the brain launch by tile: gates, drives, delayed.
   std::vector<std::array<std::vector<Term>, 3>> brain(tiles_);
   std::map<const void*, std::vector<SourceGroup>> groups;  // by what they hear
+  std::vector<Rectangle> rectangles;
   const auto at = [&](const void* panels, int64_t panel) {
     return static_cast<const char*>(panels) + panel * panel_values() * real_size();
   };
@@ -147,6 +178,7 @@ void CudaModel::build_lists() {
       throw std::invalid_argument(p.key + ".cols: expected " + std::to_string(blocks) + " entries, got " +
                                   std::to_string(p.cols.size()));
     }
+    const int64_t rows = spec_.width(p.dst) / kBlock;
     const bool embedded = p.src == kFromEmbedding, spoken = p.dst == spec_.readout();
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t row = b / p.blocks_per_row, col = p.cols[b];
@@ -157,13 +189,20 @@ void CudaModel::build_lists() {
       const int32_t block = static_cast<int32_t>(first_block_[i] + b), panel = static_cast<int32_t>(col);
       const Term forward{at(heard_by(p), col), block, kStreamed, p.delay, p.src, panel, 0};
       const Term backward{at(error_of(p), row), block, kStreamed, 0, -1, 0, 0};
-      std::vector<SourceGroup>& heard = groups[forward.source];
-      if (heard.empty() || heard.back().count == kGroup) {
-        heard.push_back({forward.source, embedded ? -1 : p.src, panel, 0, 0, {}});
+      if (!wide(p, row, col)) {
+        std::vector<SourceGroup>& heard = groups[forward.source];
+        if (heard.empty() || heard.back().count == kGroup) {
+          heard.push_back({forward.source, embedded ? -1 : p.src, panel, 0, 0, {}});
+        }
+        SourceGroup& group = heard.back();
+        group.longest_delay = std::max(group.longest_delay, p.delay);
+        group.jobs[group.count++] = {backward.source, p.delay, block};
+      } else if (row % kRectangleRows == 0 && col % kRectangleColumns == 0) {
+        rectangles.push_back({backward.source, forward.source, embedded ? -1 : p.src, panel, p.delay,
+                              static_cast<int32_t>(rectangle_part(row, rows, kRectangleRows)),
+                              static_cast<int32_t>(rectangle_part(col, columns, kRectangleColumns)), block,
+                              p.blocks_per_row});
       }
-      SourceGroup& group = heard.back();
-      group.longest_delay = std::max(group.longest_delay, p.delay);
-      group.jobs[group.count++] = {at(error_of(p), row), p.delay, block};
       if (spoken) {
         hear.of[row].push_back(forward);
       } else {
@@ -181,14 +220,31 @@ void CudaModel::build_lists() {
       }
     }
   }
-  const auto put = [&](TermList& list, const ListBuilder& built) {
+  // Quartets lie inside the ranges that are multiplied at a time: levels, or all of D.
+  const auto put = [&](ProductList& list, const ListBuilder& built, const std::vector<int>& ranges) {
+    const std::vector<int32_t> begin = built.begin();
+    std::vector<Quartet> quartets;
+    std::vector<int32_t> soloists;
+    list.quartets_before.assign(begin.size(), 0);
+    for (size_t range = 0; range + 1 < ranges.size(); ++range) {
+      for (int at = ranges[range], end = ranges[range + 1]; at < end;) {
+        const bool four = spec_.bf16 && at + kQuartet <= end && is_quartet(built.of, at);
+        if (four) quartets.push_back({at, begin[at], begin[at + 1] - begin[at]});
+        if (!four) soloists.push_back(at);
+        for (int next = at + (four ? kQuartet : 1); at < next;) list.quartets_before[++at] = quartets.size();
+      }
+    }
     upload(list.terms, built.terms());
-    upload(list.begin, built.begin());
+    upload(list.begin, begin);
+    upload(list.quartets, quartets);
+    upload(list.soloists, soloists);
   };
-  put(embed_drive_, drive);
-  put(embed_gate_, gate);
-  put(pull_, pull);
-  put(embed_pull_, embed_pull);
+  const std::vector<int> whole{0, static_cast<int>(dim_tiles)};
+  put(embed_drive_, drive, level_begin_);
+  put(embed_gate_, gate, level_begin_);
+  put(pull_, pull, level_begin_);
+  put(embed_pull_, embed_pull, whole);
+  put(hear_, hear, whole);
   for (int level = 0; level < levels_; ++level) {
     size_t most = 0;
     for (int tile = level_begin_[level]; tile < level_begin_[level + 1]; ++tile) {
@@ -196,11 +252,12 @@ void CudaModel::build_lists() {
     }
     most_pulled_.push_back(static_cast<int>(most));
   }
-  put(hear_, hear);
   std::vector<SourceGroup> listed;
   for (const auto& [source, some] : groups) listed.insert(listed.end(), some.begin(), some.end());
   group_count_ = static_cast<int64_t>(listed.size());
   upload(groups_, listed);
+  rectangle_count_ = static_cast<int64_t>(rectangles.size());
+  upload(rectangles_, rectangles);
   std::vector<TileName> names(tiles_);
   for (size_t r = 0; r < regions_.size(); ++r) {
     for (int tile = 0; tile < regions_[r].n / kBlock; ++tile) {

@@ -121,10 +121,9 @@ void CudaModel::clear_embedding_gradient() {
 
 void CudaModel::embedding_gradient() {
   with_real(spec_.bf16, [&](auto real) {
-    multiply_blocks<decltype(real)>(stream_.get(), embed_pull_, transposed_blocks_, rows_, 0, spec_.dim / kBlock,
-                                    StoreError{dx_, spec_.dim});
+    launched(multiply_blocks<decltype(real)>(stream_.get(), embed_pull_, transposed_blocks_, rows_, 0,
+                                             spec_.dim / kBlock, StoreError{dx_, spec_.dim}));
   });
-  launched();
   name_rows_kernel<<<static_cast<int>((rows_ + 255) / 256), 256, 0, stream_.get()>>>(ids_, rows_, sort_keys_,
                                                                                      sort_rows_);
   launched();

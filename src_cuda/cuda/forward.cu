@@ -171,7 +171,7 @@ struct StoreDrive {
     const int offset = tiles[tile].offset;
     return [d = static_cast<Real*>(region.d) + offset / kBlock * region.stride + lane,
             bias = load4(region.bias + offset + lane)](int64_t row, float4 sums) {
-      store4(d + row * kBlock, {bias.x + sums.x, bias.y + sums.y, bias.z + sums.z, bias.w + sums.w});
+      store_sums(d + row * kBlock, {bias.x + sums.x, bias.y + sums.y, bias.z + sums.z, bias.w + sums.w});
     };
   }
 };
@@ -293,17 +293,14 @@ void CudaModel::forward() {
   with_real(spec_.bf16, [&](auto real) {
     using Real = decltype(real);
     if (&brain_plan(call_streams_, call_tokens_) == &outside_) {
-      multiply_blocks<Real>(stream_.get(), embed_drive_, forward_blocks_, rows_, 0, tiles_,
-                            StoreDrive<Real>{region_views_, tile_names_});
-      launched();
-      multiply_blocks<Real>(stream_.get(), embed_gate_, forward_blocks_, rows_, 0, tiles_,
-                            StoreGate<Real>{region_views_, tile_names_});
-      launched();
+      launched(multiply_blocks<Real>(stream_.get(), embed_drive_, forward_blocks_, rows_, 0, tiles_,
+                                     StoreDrive<Real>{region_views_, tile_names_}));
+      launched(multiply_blocks<Real>(stream_.get(), embed_gate_, forward_blocks_, rows_, 0, tiles_,
+                                     StoreGate<Real>{region_views_, tile_names_}));
     }
     run_brain();
-    multiply_blocks<Real>(stream_.get(), hear_, forward_blocks_, rows_, 0, spec_.dim / kBlock,
-                          StoreRows{o_, spec_.dim});
-    launched();
+    launched(multiply_blocks<Real>(stream_.get(), hear_, forward_blocks_, rows_, 0, spec_.dim / kBlock,
+                                   StoreRows{o_, spec_.dim}));
   });
   const int64_t channels = int64_t{call_streams_} * spec_.dim;
   integrate_kernel<<<static_cast<int>((channels + 127) / 128), 128, 0, stream_.get()>>>(

@@ -183,8 +183,8 @@ void CudaModel::lay_out_workspace() {
   drawn_ = arena_.take<int32_t>(part, rows);
 }
 
-void CudaModel::launched() {
-  ++counters_.launches;
+void CudaModel::launched(int launches) {
+  counters_.launches += launches;
   NG_CUDA(cudaGetLastError());
 }
 

@@ -86,6 +86,20 @@ struct TermList {
   int32_t* begin = nullptr;
 };
 
+// Four neighbouring receivers that hear the same sources in the same order. The first one's terms are [begin, begin +
+// terms), the others' the three times as many that follow.
+constexpr int kQuartet = 4;
+struct Quartet {
+  int32_t receiver, begin, terms;
+};
+
+// A list for batched_product.cuh, which receivers are worked on in quartets, and which alone; both in order.
+struct ProductList : TermList {
+  Quartet* quartets = nullptr;
+  int32_t* soloists = nullptr;
+  std::vector<int32_t> quartets_before;  // [receivers + 1], on the host
+};
+
 // Tile of 32 neurons; tiles are numbered in order of level.
 struct TileName {
   int32_t region, offset;  // neurons offset .. offset + 31 of the region
@@ -135,6 +149,17 @@ struct SourceGroup {
   int32_t longest_delay;
   int32_t count;
   BlockJob jobs[kGroup];
+};
+
+// Neighbouring blocks of a dense projection, whose gradients are computed together: up to kRectangleRows x
+// kRectangleColumns of them.
+constexpr int kRectangleRows = 4, kRectangleColumns = 8;
+struct Rectangle {
+  const void *error, *source;  // row 0 of the first panel of each
+  int32_t region, panel;       // where carried spikes of the first source panel are, where delay > 0
+  int32_t delay;
+  int32_t rows, columns;      // of blocks
+  int32_t block, row_blocks;  // number of the first block; from a row of blocks to the next
 };
 
 // What the host learns of a call, and what later kernels of the call decide by.
@@ -220,6 +245,7 @@ class CudaModel final : public Model {
 
   // connectome.cpp: the lists of terms, tiles and jobs
   int64_t most_groups() const;
+  bool wide(const ProjectionSpec& p, int64_t row, int64_t col) const;
   const void* error_of(const ProjectionSpec& p) const;
   const void* heard_by(const ProjectionSpec& p) const;
   void build_lists();
@@ -325,7 +351,7 @@ class CudaModel final : public Model {
   void capture();
 
   void wait();
-  void launched();                                          // counts a launch and checks it
+  void launched(int launches = 1);                          // counts them and checks the last
   void copy_in(void* to, const void* from, size_t bytes);   // from pinned memory
   void copy_out(void* to, const void* from, size_t bytes);  // to pinned memory
   char* pinned(size_t bytes);                               // staging of this call; throws when it would not fit
@@ -359,11 +385,12 @@ class CudaModel final : public Model {
   int64_t blocks_ = 0;
   // The same on the device.
   RegionView* region_views_ = nullptr;
-  TileName* tile_names_ = nullptr;                         // [tiles]
-  TermList embed_drive_, embed_gate_, pull_, embed_pull_;  // receivers: tiles, tiles, tiles, D/32
-  TermList hear_;                                          // receivers: D/32
+  TileName* tile_names_ = nullptr;                            // [tiles]
+  ProductList embed_drive_, embed_gate_, pull_, embed_pull_;  // receivers: tiles, tiles, tiles, D/32
+  ProductList hear_;                                          // receivers: D/32
   SourceGroup* groups_ = nullptr;
-  int64_t group_count_ = 0;
+  Rectangle* rectangles_ = nullptr;
+  int64_t group_count_ = 0, rectangle_count_ = 0;
   std::vector<int> most_pulled_;  // of every level: terms of pull_ of a tile, at most
   // Brain launch: base_grid_ shares, each worked on by up to replicas_ blocks of threads that divide the streams.
   int processors_ = 0, base_grid_ = 0, replicas_ = 0, stream_group_ = 0;

@@ -3,33 +3,35 @@
 // sources are done together: a block of threads takes 32 sources and up to kGroup of their weight blocks, one a warp.
 // Rows pass through shared memory in pieces, the sources once for all warps. A delayed block meets source row r with
 // the error `delay` tokens later; rows of earlier calls are the carried spikes.
+// Blocks of dense projections are done in rectangles, which share the errors too (dense_product.cuh).
 #include <cuda_pipeline.h>
 
-#include "block_product.cuh"
+#include "dense_product.cuh"
 #include "model.h"
 
 namespace neurogen::cuda {
 namespace {
 
+static_assert(kRectangleRows == kLeft && kRectangleColumns == kRight, "a rectangle is one dense product");
+
 constexpr int kPieceBytes = 4096;  // of 32 columns: 64 rows of bf16, 32 of float
 
 struct Gradients {
   const SourceGroup* groups;
+  const Rectangle* rectangles;
   const RegionView* regions;
   const StateView* states;
-  const int32_t* age;  // null = no resets
-  float* out;          // [blocks, 32, 32]
-  int64_t rows;
+  const int32_t* age;    // null = no resets
+  float* out;            // [blocks, 32, 32]
+  int64_t rows, stride;  // stride: values from a panel to the next
   int streams;
   bool accumulate;
 };
 
-// Four 8 x 8 matrices from shared memory, each transposed on the way.
-__device__ void load_transposed(unsigned (&out)[4], const void* row) {
-  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(row));
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-               : "r"(at));
+// Where a row of the sources of earlier calls is, `back` rows before the call's first, among the carried ones of its
+// panel: those are [K, S] rows, newest token first, streams in order.
+__device__ inline int64_t carried_row(int64_t back, int streams) {
+  return (back - 1) / streams * streams + (streams - 1 - (back - 1) % streams);
 }
 
 // A warp's sum over the rows of a piece.
@@ -40,8 +42,7 @@ template <>
 struct BlockSum<bf16> {
   float sum[2][4][4] = {};  // [16 receivers][8 sources][values of a lane]
 
-  // 64-byte rows; 16-byte parts are swapped so that eight rows of a matrix load meet different banks.
-  static __device__ int slot(int row, int part) { return row * 4 + (part ^ (row / 2 % 4)); }
+  static __device__ int slot(int row, int part) { return slot64(row, part); }
 
   __device__ void add(const uint4* errors, const uint4* sources) {
     const int lane = threadIdx.x % 32;
@@ -51,9 +52,11 @@ struct BlockSum<bf16> {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         // errors: matrices (rows 0-7, receivers 0-7), (0-7, 8-15), (8-15, 0-7), (8-15, 8-15)
-        load_transposed(a[half], errors + slot(k + lane / 16 * 8 + lane % 8, half * 2 + lane / 8 % 2));
+        load_matrices<true>(a[half],
+                            shared_address(errors + slot(k + lane / 16 * 8 + lane % 8, half * 2 + lane / 8 % 2)));
         // sources: matrices (rows 0-7, sources 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15)
-        load_transposed(b[half], sources + slot(k + lane / 8 % 2 * 8 + lane % 8, half * 2 + lane / 16));
+        load_matrices<true>(b[half],
+                            shared_address(sources + slot(k + lane / 8 % 2 * 8 + lane % 8, half * 2 + lane / 16)));
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -133,10 +136,9 @@ __global__ void __launch_bounds__(kGroup * 32) multiply_errors_kernel(Gradients 
       const int row = threadIdx.x / kParts, part = threadIdx.x % kParts;
       const int64_t from = first + row;
       const Real* at = static_cast<const Real*>(group.source) + from * kBlock;
-      if (from < 0) {  // carried: [K, S] rows, newest token first, streams in order
-        const int64_t back = -1 - from, old = back / p.streams * p.streams + (p.streams - 1 - back % p.streams);
+      if (from < 0) {
         const int64_t panel = int64_t{group.panel} * p.regions[group.region].history * p.streams;
-        at = static_cast<const Real*>(p.states[group.region].recent) + (panel + old) * kBlock;
+        at = static_cast<const Real*>(p.states[group.region].recent) + (panel + carried_row(-from, p.streams)) * kBlock;
       }
       const bool there = from < p.rows;
       __pipeline_memcpy_async(buffer(piece, 0) + BlockSum<Real>::slot(row, part),
@@ -178,19 +180,81 @@ __global__ void __launch_bounds__(kGroup * 32) multiply_errors_kernel(Gradients 
   });
 }
 
+// A block of threads takes a rectangle: the errors are the left operand, the sources the right one, and K runs over the
+// rows of the errors; the sources' are `delay` tokens before them. Squares that a smaller rectangle lacks are zeros.
+__global__ void __launch_bounds__(kDenseThreads, 1) multiply_rectangle_kernel(Gradients p) {
+  extern __shared__ __align__(128) uint4 ring[];
+  const Rectangle job = p.rectangles[blockIdx.x];
+  const int rows = static_cast<int>(p.rows), shift = job.delay * p.streams;
+  const int32_t* ages = job.delay ? p.age : nullptr;
+  // The thread's row of the next stage in its first square of each operand, and its age, which is read a stage ahead.
+  int row = fill_row(), age = 0;
+  const int64_t place = fill_square() * p.stride + row * kBlock + fill_part() * 8;
+  const bf16* error = static_cast<const bf16*>(job.error) + place;
+  const bf16* source = static_cast<const bf16*>(job.source) + place - int64_t{shift} * kBlock;
+  const auto look = [&] {
+    if (ages && row < rows) age = ages[row];
+  };
+  const auto fetch = [&](unsigned to) {
+    const bool counts = row < rows && !(ages && age < job.delay);
+    const auto bring = [&](int first, int squares, int present, const bf16* from, int64_t stride) {
+#pragma unroll
+      for (int i = 0; i < squares / kSquaresAtOnce; ++i, from += kSquaresAtOnce * stride) {
+        fill(to + first * kSquareBytes + i * kFillStep, from, counts && i * kSquaresAtOnce + fill_square() < present);
+      }
+    };
+    bring(0, kLeft, job.rows, error, p.stride);
+    const bf16* from = source;
+    int64_t stride = p.stride;
+    if (row < shift) {  // carried
+      stride = int64_t{p.regions[job.region].history} * p.streams * kBlock;
+      from = static_cast<const bf16*>(p.states[job.region].recent) + (job.panel + fill_square()) * stride +
+             carried_row(shift - row, p.streams) * kBlock + fill_part() * 8;
+    }
+    bring(kLeft, kRight, job.columns, from, stride);
+    row += kBlock, error += kBlockArea, source += kBlockArea;
+    look();
+  };
+  DenseProduct<true> product(ring);
+  product.clear();
+  look();
+  product.begin(fetch);
+  for (int done = 0; done < rows; done += kBlock) product.step(fetch);
+  __pipeline_wait_prior(0);  // zeros beyond the last row
+
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const int down = product.first_left() / kBlock + i / 2, along = product.first_right() / kBlock + j / 4;
+      if (down >= job.rows || along >= job.columns) continue;
+      float* out = p.out + (int64_t{job.block} + down * job.row_blocks + along) * kBlockArea;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float2& to = *reinterpret_cast<float2*>(out + (i % 2 * 16 + half * 8 + g) * kBlock + j % 4 * 8 + 2 * t);
+        float2 sum = {product.sum[i][j][2 * half], product.sum[i][j][2 * half + 1]};
+        if (p.accumulate) sum.x += to.x, sum.y += to.y;
+        to = sum;
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void CudaModel::weight_gradients(bool accumulate) {
-  if (!group_count_) return;
   constexpr int kShared = 2 * (1 + kGroup) * kPieceBytes;
-  const Gradients job{groups_,    region_views_, active_->views(), has_resets_ ? age_ : nullptr,
-                      gradients_, rows_,         call_streams_,    accumulate};
-  with_real(spec_.bf16, [&](auto real) {
-    const auto kernel = multiply_errors_kernel<decltype(real)>;
-    NG_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
-    kernel<<<static_cast<unsigned>(group_count_), kGroup * 32, kShared, stream_.get()>>>(job);
-  });
-  launched();
+  const Gradients job{groups_,    rectangles_, region_views_,  active_->views(), has_resets_ ? age_ : nullptr,
+                      gradients_, rows_,       panel_values(), call_streams_,    accumulate};
+  const auto launch = [&](auto kernel, int64_t grid, int threads, int shared) {
+    if (!grid) return;
+    NG_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+    kernel<<<static_cast<unsigned>(grid), threads, shared, stream_.get()>>>(job);
+    launched();
+  };
+  launch(multiply_rectangle_kernel, rectangle_count_, kDenseThreads, kDenseBytes);
+  launch(spec_.bf16 ? multiply_errors_kernel<bf16> : multiply_errors_kernel<float>, group_count_, kGroup * 32, kShared);
 }
 
 }  // namespace neurogen::cuda

@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kProductWarps * 32)
 // A block of threads takes tiles (a quartet, kQuartetRows rows) in turn, neighbouring blocks the same rows of
 // neighbouring quartets. It is three terms ahead with fetching, also across tiles.
 template <class Finish>
-__global__ void __launch_bounds__(kDenseThreads, 1)
+__global__ void __launch_bounds__(kRingThreads, 1)
     multiply_quartets_kernel(const Term* terms, const Quartet* quartets, int count, const bf16* weights, int rows,
                              Finish finish) {
   extern __shared__ __align__(128) uint4 ring[];
@@ -141,7 +141,7 @@ void multiply_quartets(cudaStream_t stream, const Term* terms, const Quartet* qu
   NG_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
   NG_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kDenseBytes));
   const int64_t tiles = (rows + kQuartetRows - 1) / kQuartetRows * count;
-  kernel<<<static_cast<unsigned>(std::min<int64_t>(tiles, processors)), kDenseThreads, kDenseBytes, stream>>>(
+  kernel<<<static_cast<unsigned>(std::min<int64_t>(tiles, processors)), kRingThreads, kDenseBytes, stream>>>(
       terms, quartets, count, static_cast<const bf16*>(weights), static_cast<int>(rows), finish);
 }
 

@@ -13,7 +13,7 @@
 
 namespace neurogen::cuda {
 
-constexpr int kDenseThreads = 256;
+constexpr int kRingThreads = 256;
 constexpr int kLeft = 4, kRight = 8;  // squares of a stage
 constexpr int kStages = 4;
 constexpr int kSquareBytes = kBlockArea * sizeof(bf16), kStageBytes = (kLeft + kRight) * kSquareBytes;
@@ -43,7 +43,7 @@ __device__ inline unsigned shared_address(const void* p) { return static_cast<un
 
 // A thread's share of filling a stage: 16 bytes of the same row of squares fill_square(), fill_square() +
 // kSquaresAtOnce, ... Squares 0 .. kLeft-1 are the left operand's.
-constexpr int kSquaresAtOnce = kDenseThreads * 16 / kSquareBytes;
+constexpr int kSquaresAtOnce = kRingThreads * 16 / kSquareBytes;
 constexpr int kFillStep = kSquaresAtOnce * kSquareBytes;  // from one of a thread's squares to the next
 __device__ inline int fill_square() { return threadIdx.x / (kSquareBytes / 16); }
 __device__ inline int fill_row() { return threadIdx.x / 4 % kBlock; }

@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kGroup * 32) multiply_errors_kernel(Gradients 
 
 // A block of threads takes a rectangle: the errors are the left operand, the sources the right one, and K runs over the
 // rows of the errors; the sources' are `delay` tokens before them. Squares that a smaller rectangle lacks are zeros.
-__global__ void __launch_bounds__(kDenseThreads, 1) multiply_rectangle_kernel(Gradients p) {
+__global__ void __launch_bounds__(kRingThreads, 1) multiply_rectangle_kernel(Gradients p) {
   extern __shared__ __align__(128) uint4 ring[];
   const Rectangle job = p.rectangles[blockIdx.x];
   const int rows = static_cast<int>(p.rows), shift = job.delay * p.streams;
@@ -253,7 +253,7 @@ void CudaModel::weight_gradients(bool accumulate) {
     kernel<<<static_cast<unsigned>(grid), threads, shared, stream_.get()>>>(job);
     launched();
   };
-  launch(multiply_rectangle_kernel, rectangle_count_, kDenseThreads, kDenseBytes);
+  launch(multiply_rectangle_kernel, rectangle_count_, kRingThreads, kDenseBytes);
   launch(spec_.bf16 ? multiply_errors_kernel<bf16> : multiply_errors_kernel<float>, group_count_, kGroup * 32, kShared);
 }
 

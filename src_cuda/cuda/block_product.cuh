@@ -81,9 +81,17 @@ struct Sources<bf16> {
     raw = uint4{0, 0, 0, 0};
     if (static_cast<int>(threadIdx.x % 32 / 4) < rows) raw = __ldcg(reinterpret_cast<const uint4*>(own(from)));
   }
-  // from: what this lane reads; not `mine`: what is there stays.
-  __device__ void look(const bf16* from, bool mine) {
-    if (mine) raw = peek(from);
+  __device__ void look(const bf16* from, int rows) {
+    raw = uint4{0, 0, 0, 0};
+    if (static_cast<int>(threadIdx.x % 32 / 4) < rows) raw = peek(own(from));
+  }
+  __device__ bool missing() const { return absent(raw); }
+  __device__ void look_again(const bf16* from) {
+    if (missing()) raw = peek(own(from));
+  }
+  // The same, from: own() of row 0. Where row g does not count, what is there stays.
+  __device__ void ask(const bf16* from, bool counts) {
+    if (counts) raw = peek(from);
   }
   // Silences row g where `keep` is false (each lane passes the flag of its own row g).
   __device__ void mask(bool keep) {
@@ -100,12 +108,12 @@ struct Sources<float> {
     mine = static_cast<int>(threadIdx.x % 32 / 4) < rows;
   }
   static __device__ const float* own(const float* from) { return from; }
-  __device__ void look(const float* from, bool row_counts) {
+  __device__ void ask(const float* from, bool counts) {
     for (int c = 0; c < 2; ++c) {  // whether rows 2t and 2t+1 count is known in the lanes of those rows
-      const bool there = __shfl_sync(0xffffffffu, static_cast<int>(row_counts), (lane_row() + c) * 4);
+      const bool there = __shfl_sync(0xffffffffu, static_cast<int>(counts), (lane_row() + c) * 4);
       at[c] = there ? from + (lane_row() + c) * kBlock : nullptr;
     }
-    mine = row_counts;
+    mine = counts;
   }
   // The lanes of row g wait for it: 8t .. 8t+7 each.
   __device__ void settle(const float* from) {

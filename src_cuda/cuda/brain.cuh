@@ -348,7 +348,7 @@ __device__ void run_tile(const BrainCall& call, const BrainTables<Real>& tables,
     for (int j = 0; j < kAhead; ++j) {
 #pragma unroll
       for (int i = 0; i < Steps; ++i) {
-        if (j < count) sources[j][i].look(in_global<const Real>(const_cast<Real*>(from[j])) + i * kStepValues, mine[i]);
+        if (j < count) sources[j][i].ask(in_global<const Real>(const_cast<Real*>(from[j])) + i * kStepValues, mine[i]);
       }
     }
     settle(sources, from, count, Steps > 1);

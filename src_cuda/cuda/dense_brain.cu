@@ -10,7 +10,6 @@ namespace neurogen::cuda {
 namespace {
 
 constexpr int kFewestStreams = 32;  // below, warps of eight streams have more to do at a time
-constexpr int kFewestTokens = 4;    // from so many on it pays to load weights into shared memory
 
 // Tables, rings, state and resident weights of this share, in this order, in shared memory.
 template <int Steps>
@@ -146,7 +145,7 @@ static_assert(sizeof(Heard) == sizeof(DenseSource), "the host plans with it");
 }  // namespace
 
 bool CudaModel::run_dense_brain() {
-  const DenseShape shape = dense_shape(call_streams_, call_tokens_);
+  const DenseShape shape = dense_shape(call_streams_);
   if (shape.group == 0) return false;
   DenseCall call{region_views_,
                  active_->views(),
@@ -180,8 +179,8 @@ bool CudaModel::run_dense_brain() {
 }
 
 // The choice depends on sizes alone, not on the group: groups of streams do not change a bit.
-DenseShape CudaModel::dense_shape(int streams, int tokens) const {
-  if (!dense_tiles_ || streams < kFewestStreams || tokens < kFewestTokens) return {};
+DenseShape CudaModel::dense_shape(int streams) const {
+  if (!dense_tiles_ || streams < kFewestStreams) return {};
   const auto fits = [&](int steps) { return dense_bytes(steps, false) <= shared_limit_; };
   if (!fits(1)) return {};
   const auto widest = [&](int steps) { return replicas_ * kDenseBands * steps * kRows; };

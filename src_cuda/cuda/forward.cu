@@ -15,7 +15,6 @@ namespace {
 
 constexpr int kResidentTokens = 4;          // from so many tokens on it pays to load weights into shared memory
 constexpr int64_t kCachedBytes = 48 << 20;  // weights that stay in the L2 cache
-constexpr int kInsideStreams = 8;           // from so many on, the brain launch multiplies the embedding's blocks too
 constexpr int kGlobalStateStreams = 64;     // streams at a time where v and w do not fit shared memory
 constexpr int kWide = 256;
 constexpr int kWarps = kBrainThreads / 32;
@@ -114,9 +113,10 @@ __global__ void __launch_bounds__(kBrainThreads, 1) run_brain_kernel(const __gri
   for (int first = 0; first < call.streams; first += call.stream_group, turns += call.tokens) {
     const int streams = min(call.stream_group, call.streams - first), items = items_of(streams);
     int begin = threadIdx.x / 32;
+    const int shift = kWarps - items % kWarps;
     for (int tick = 0; tick < ticks; ++tick) {
       int at = begin, chunk = 0;
-      if (rotate) begin = (begin + kWarps - items % kWarps) % kWarps;
+      if (rotate) begin = (begin + shift) % kWarps;
       for (int item = at; item < items; item += kWarps, at += kWarps) {
         while (at >= share.tiles) at -= share.tiles, ++chunk;
         const BrainTile& tile = tables.tiles[at];
@@ -292,7 +292,7 @@ void CudaModel::forward() {
   refresh_derived();
   with_real(spec_.bf16, [&](auto real) {
     using Real = decltype(real);
-    if (&brain_plan(call_streams_, call_tokens_) == &outside_) {
+    if (&brain_plan(call_streams_) == &outside_) {
       launched(multiply_blocks<Real>(stream_.get(), embed_drive_, forward_blocks_, rows_, 0, tiles_,
                                      StoreDrive<Real>{region_views_, tile_names_}));
       launched(multiply_blocks<Real>(stream_.get(), embed_gate_, forward_blocks_, rows_, 0, tiles_,
@@ -318,11 +318,9 @@ void CudaModel::normalize_rows(const float* o, int64_t rows, float* broca, void*
   launched();
 }
 
-// Few streams leave the launch waiting for spikes most of the time: then the embedding's products are better made
-// outside it, for all tokens at once. For few tokens they are not worth launches of their own.
-const BrainPlan& CudaModel::brain_plan(int streams, int tokens) const {
-  const bool worth = streams >= kInsideStreams || tokens < kResidentTokens;
-  return inside_.usable && worth && dense_shape(streams, tokens).group == 0 ? inside_ : outside_;
+// By the connectome alone, so that cutting a text into other calls changes no bit.
+const BrainPlan& CudaModel::brain_plan(int streams) const {
+  return inside_.usable && dense_shape(streams).group == 0 ? inside_ : outside_;
 }
 
 // `group` streams at a time, v and w in shared memory before weights, for those are read and written each tick.
@@ -372,7 +370,7 @@ BrainShape CudaModel::brain_shape(const BrainPlan& plan, int streams, int tokens
 }
 
 void CudaModel::run_brain() {
-  const BrainPlan& plan = brain_plan(call_streams_, call_tokens_);
+  const BrainPlan& plan = brain_plan(call_streams_);
   const BrainShape shape = brain_shape(plan, call_streams_, call_tokens_);
   BrainCall call{
       region_views_,

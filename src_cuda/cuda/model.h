@@ -113,7 +113,9 @@ struct BrainTile {
   const void* heard[2];           // row 0 of panels of the embedding that it hears by terms of its own, null = none
   int32_t region, offset, rank, gated;
   int32_t terms[4];
-  int32_t reach, reserved;  // the longest delay of its terms
+  int32_t reach;           // the longest delay of its terms
+  int32_t heard_terms[2];  // the embedding's gates and drives, where they are among the terms: [0], [1], terms[0]
+  int32_t reserved;
 };
 
 // What one block of threads of the brain launch owns.
@@ -252,7 +254,8 @@ class CudaModel final : public Model {
   BrainTile brain_tile(const TileName& name) const;
   void divide_brain();
   void plan_launch(BrainPlan& plan, const std::vector<TileName>& names,
-                   const std::vector<std::array<std::vector<Term>, 3>>& brain);
+                   const std::vector<std::array<std::vector<Term>, 3>>& brain,
+                   const std::array<std::vector<std::vector<Term>>, 2>& embedding);
   template <class T>
   void upload(T* to, const std::vector<T>& from) {
     if (!from.empty()) NG_CUDA(cudaMemcpy(to, from.data(), from.size() * sizeof(T), cudaMemcpyHostToDevice));
@@ -266,7 +269,7 @@ class CudaModel final : public Model {
                   const std::vector<std::vector<int>>& owned);
   size_t dense_bytes(int steps, bool with_weights) const;
   void describe_dense(const DenseShape& shape, std::vector<std::pair<std::string, std::string>>& plan) const;
-  DenseShape dense_shape(int streams, int tokens) const;
+  DenseShape dense_shape(int streams) const;
   bool run_dense_brain();  // false: not a call for it
 
   // tokens.cu
@@ -300,7 +303,7 @@ class CudaModel final : public Model {
   // forward.cu
   void forward();
   void run_brain();
-  const BrainPlan& brain_plan(int streams, int tokens) const;
+  const BrainPlan& brain_plan(int streams) const;
   BrainShape shape_of(const BrainPlan& plan, int group, int tokens) const;
   BrainShape brain_shape(const BrainPlan& plan, int streams, int tokens) const;
   void count_spikes();

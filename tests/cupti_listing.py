@@ -22,7 +22,7 @@ DRIVER, RUNTIME = 1, 2  # CUpti_CallbackDomain
 ENTER = 0  # CUpti_ApiCallbackSite
 WAITS = re.compile(r"cu(da)?(\w+Synchronize|Memcpy(?!\w*Async)\w*|Memset(?!\w*Async)\w*)")
 ALLOCATIONS = re.compile(r"cu(da)?(\w*Malloc\w*|MemAlloc\w*|HostAlloc\w*|MemHostAlloc\w*|MemCreate\w*|HostRegister\w*)")
-BRAIN = "run_brain"
+BRAIN = ("run_brain", "run_dense")
 
 
 class CallbackData(ctypes.Structure):
@@ -99,7 +99,7 @@ def main(folder, preset="base", streams="4", tokens="64"):
     names = [name for name, _ in listing.calls]
     counted = {
         "preset": preset, "B": streams, "T": tokens, "precision": model.precision,
-        "brain_launches": sum(BRAIN in symbol for _, symbol in listing.calls),
+        "brain_launches": sum(any(name in symbol for name in BRAIN) for _, symbol in listing.calls),
         "kernel_launches": sum(bool(symbol) for _, symbol in listing.calls),
         "waits": [name for name in names if WAITS.match(name)],
         "allocations": [name for name in names if ALLOCATIONS.match(name)],

@@ -136,6 +136,23 @@ def test_small_has_a_brain_launch_of_its_own(monkeypatch, dropout):
     assert abs(ends[3][0][0][0] - ends[0][0][0][0]) <= 2e-3 * ends[0][0][0][0]
 
 
+def test_the_dense_launch_does_not_care_where_calls_are_cut():
+    """Single tokens too: a generation goes on from a training call's state."""
+    ids = np.random.default_rng(0).integers(0, 256, (32, 6), dtype=np.int32)
+    model = ng.NeuroGen(ng.Config.preset("small"), backend="cuda", streams=32, max_tokens=6, seed=1)
+    assert "dense" in model.execution_plan["brain launch"]
+    ends = []
+    for cuts in ((6,), (1, 5), (1,) * 6):
+        model.brain.reset()
+        at = 0
+        for length in cuts:
+            part = np.ascontiguousarray(ids[:, at : at + length])
+            model.backward_batch(part, part)
+            at += length
+        ends.append({key: array.tobytes() for key, array in model.state().items() if key != "broca.o"})
+    assert ends[1] == ends[0] and ends[2] == ends[0]
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("tied", [False, True])
 def test_saved_loaded_and_continued_equals_an_unbroken_run(tmp_path, precision, tied):

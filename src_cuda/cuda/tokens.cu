@@ -61,15 +61,13 @@ __global__ void sum_weights_kernel(const float* weights, int64_t rows, bool magn
   if (threadIdx.x == 0) verdict->divisor = given >= 0 ? given : sum;
 }
 
-// Row i of the panels = row ids[i] of the table; its row i without ids. The sum with 0 leaves one kind of NaN, which is
-// not the one that tells the brain launch to wait.
+// Row i of the panels = row ids[i] of the table; its row i without ids.
 template <class Real>
 __global__ void gather_rows_kernel(const float* table, const int32_t* ids, int64_t dim, int64_t stride, Real* out) {
   const int64_t row = blockIdx.x;
   const float* from = table + (ids ? ids[row] : row) * dim;
   for (int64_t j = 4 * threadIdx.x; j < dim; j += 4 * blockDim.x) {
-    const float4 x = load4(from + j);
-    store4(out + j / kBlock * stride + row * kBlock + j % kBlock, {x.x + 0.0f, x.y + 0.0f, x.z + 0.0f, x.w + 0.0f});
+    store4(out + j / kBlock * stride + row * kBlock + j % kBlock, load4(from + j));
   }
 }
 

@@ -79,8 +79,7 @@ void CudaModel::advance(State& state, const Tokens& tokens, float* broca) {
   train_dropout_ = false;
   stage(static_cast<CudaState&>(state), tokens);
   forward();
-  judge(false);
-  commit();
+  commit(true);
   if (broca) {
     normalize_rows(o_ + (rows_ - call_streams_) * spec_.dim, call_streams_, d_broca_, nullptr, nullptr);
     copy_out(broca, d_broca_, sizeof(float) * call_streams_ * spec_.dim);
@@ -112,8 +111,11 @@ void CudaModel::step(const Input& x, bool hold) {
   begin(*state_, spec_.streams, 1);
   stage_rows(x);
   in_range("forward", [&] { forward(); });
-  judge(false);
-  if (!hold) commit();
+  if (hold) {
+    judge(false);
+  } else {
+    commit(true);
+  }
   if (x.device && !hold) return remember_state();
   const Verdict& verdict = finish(0);
   if (!hold) require_finite(verdict);
@@ -212,8 +214,7 @@ void CudaModel::speak() {
   keep_drawn();
   gather_rows();
   forward();
-  judge(false);
-  commit();
+  commit(true);
 }
 
 // The first token runs launch by launch, which loads every kernel; the step is then captured and replayed: the host

@@ -280,7 +280,7 @@ class CudaModel final : public Model {
   void gather_rows(const float* table, const int32_t* ids);
   void summarize(const Output& predictions);       // Verdict: loss, rates, homeostasis, ok
   void judge(bool with_losses);                    // Verdict of a call that does not learn
-  void commit();                                   // where ok
+  void commit(bool judging = false);               // where ok; judging: gives the verdict itself, as judge(false)
   const Verdict& finish(size_t prediction_bytes);  // one copy back, the one wait, errors of device arrays
   void report(const Targets& targets, StepStats* stats);
   void set_draw(const Sampling& sampling);

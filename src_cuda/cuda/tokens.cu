@@ -129,16 +129,24 @@ __global__ void summarize_kernel(Summary p) {
          isfinite(v.homeostasis);
 }
 
+// Whether a call without losses, or whose losses do not count, may leave its state.
+__device__ inline bool sound(const Verdict& verdict) {
+  return !verdict.faulty && !verdict.bad_id && !verdict.state_not_finite;
+}
+
+__device__ inline void give_verdict(Verdict* verdict, double loss, bool ok) {
+  verdict->loss = loss;
+  verdict->ok = ok;
+  verdict->heard += ok;
+}
+
 // The verdict of a call without targets, or (with losses) of an evaluation: v.loss = the sum of all rows.
 __global__ void judge_kernel(const float* losses, int64_t rows, Verdict* verdict) {
   __shared__ double room[32];
   double loss = 0;
   for (int64_t row = threadIdx.x; losses && row < rows; row += blockDim.x) loss += losses[row];
   loss = block_sum(loss, room);
-  if (threadIdx.x > 0) return;
-  verdict->loss = loss;
-  verdict->ok = !verdict->faulty && !verdict->bad_id && !verdict->state_not_finite;
-  verdict->heard += verdict->ok;
+  if (threadIdx.x == 0) give_verdict(verdict, loss, sound(*verdict));
 }
 
 __global__ void set_verdict_kernel(Verdict* verdict, const Faults* faults, bool ok, bool state_not_finite) {
@@ -163,37 +171,64 @@ __global__ void keep_drawn_kernel(const int32_t* ids, int64_t rows, Draw* draw, 
 struct Commit {
   const RegionView* regions;
   const StateView* states;
+  const TileName* tiles;
   const int32_t* age;  // null = no resets
   const float* last_o;
   float* o;
-  int64_t dim;
-  int streams, tokens;
-  const Verdict* verdict;
+  int64_t outputs;  // S * D
+  int streams, tokens, tile_count;
+  int tile_blocks, log_streams;  // blocks of threads along x that have tiles; 2^log_streams streams of a tile each
+  bool judging;
+  Verdict* verdict;
 };
 
-// blockIdx.y: region, the readout after the last.
+// A block of threads takes 32 rows of 32 neurons: 2^log_streams streams of as many tiles as that leaves. A thread has
+// four neurons of a stream, so eight threads share a line of 128 bytes. The blocks along x behind those of the tiles
+// have the readout. What it reads is asked for before the verdict is looked at. Judging: it gives the verdict of a call
+// without losses as well; every thread reads what nobody writes here.
+constexpr int kCommitRows = 32;
+constexpr int kShiftedAtOnce = 4;
+static_assert(kCommitRows * kBlock / 4 == kThreads);
+
 template <class Real>
-__global__ void commit_kernel(Commit p, int region_count) {
-  if (!p.verdict->ok) return;
-  const int64_t step = int64_t{gridDim.x} * blockDim.x, begin = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (blockIdx.y == region_count) {
-    for (int64_t i = begin; i < p.streams * p.dim; i += step) p.o[i] = p.last_o[i];
+__global__ void __launch_bounds__(kThreads) commit_kernel(Commit p) {
+  const bool ok = p.judging ? sound(*p.verdict) : p.verdict->ok != 0;
+  if (p.judging && blockIdx.x + blockIdx.y + threadIdx.x == 0) give_verdict(p.verdict, 0.0, ok);
+  if (blockIdx.x >= p.tile_blocks) {
+    const int64_t block = int64_t{blockIdx.x - p.tile_blocks} * gridDim.y + blockIdx.y;
+    const int64_t i = 4 * (block * kThreads + threadIdx.x);
+    if (ok && i < p.outputs) store4(p.o + i, load4(p.last_o + i));
     return;
   }
-  const RegionView region = p.regions[blockIdx.y];
-  const StateView state = p.states[blockIdx.y];
-  const int64_t cells = int64_t{p.streams} * region.n;
-  for (int64_t i = begin; i < cells; i += step) {
-    const int64_t stream = i / region.n, neuron = i % region.n;
-    const Real* s = static_cast<const Real*>(region.s) + neuron / kBlock * region.stride + neuron % kBlock;
-    state.v[i] = state.next_v[i];
-    state.w[i] = state.next_w[i];
-    const int age = p.age ? p.age[int64_t{p.tokens - 1} * p.streams + stream] : INT_MAX;
-    // From the oldest spike down: what moves up is read before it is overwritten.
-    for (int k = region.history - 1; k >= 0; --k) {
-      float spike = k < p.tokens ? to_float(s[(int64_t{p.tokens - 1 - k} * p.streams + stream) * kBlock])
-                                 : state.spikes[(k - p.tokens) * cells + i];
-      state.spikes[k * cells + i] = age < k ? 0.0f : spike;
+  const int row = threadIdx.x / 8, quarter = threadIdx.x % 8 * 4;
+  const int stream = (blockIdx.y << p.log_streams) + (row & ((1 << p.log_streams) - 1));
+  const int tile = blockIdx.x * (kCommitRows >> p.log_streams) + (row >> p.log_streams);
+  if (stream >= p.streams || tile >= p.tile_count) return;
+  const TileName name = p.tiles[tile];
+  const RegionView& region = p.regions[name.region];
+  const StateView& state = p.states[name.region];
+  const int history = region.history;
+  const int64_t cell = int64_t{stream} * region.n + name.offset + quarter, step = int64_t{p.streams} * region.n;
+  const float4 v = load4(state.next_v + cell), w = load4(state.next_w + cell);
+  const int age = p.age ? p.age[int64_t{p.tokens - 1} * p.streams + stream] : INT_MAX;
+  if (!ok) return;
+  store4(state.v + cell, v);
+  store4(state.w + cell, w);
+  float* const spikes = state.spikes + cell;
+  const Real* const newest = static_cast<const Real*>(region.s) + name.offset / kBlock * region.stride + quarter +
+                             (int64_t{p.tokens - 1} * p.streams + stream) * kBlock;
+  // From the oldest spike down, some at once: what moves up is read before it is overwritten.
+  for (int oldest = history - 1; oldest >= 0; oldest -= kShiftedAtOnce) {
+    float4 moved[kShiftedAtOnce] = {};
+#pragma unroll
+    for (int j = 0; j < kShiftedAtOnce; ++j) {
+      const int k = oldest - j;
+      if (k < 0 || age < k) continue;
+      moved[j] = k < p.tokens ? load4(newest - int64_t{k} * p.streams * kBlock) : load4(spikes + (k - p.tokens) * step);
+    }
+#pragma unroll
+    for (int j = 0; j < kShiftedAtOnce; ++j) {
+      if (oldest >= j) store4(spikes + (oldest - j) * step, moved[j]);
     }
   }
 }
@@ -294,20 +329,28 @@ void CudaModel::judge(bool with_losses) {
   launched();
 }
 
-void CudaModel::commit() {
+void CudaModel::commit(bool judging) {
+  int log_streams = 0;  // as many streams to a block of threads as there are, in powers of two
+  while (1 << log_streams < std::min(call_streams_, kCommitRows)) ++log_streams;
+  const int tiles_each = kCommitRows >> log_streams, tile_blocks = (tiles_ + tiles_each - 1) / tiles_each;
+  const unsigned pieces = (call_streams_ - 1) / (1 << log_streams) + 1;
+  const int64_t outputs = int64_t{call_streams_} * spec_.dim, of_blocks = int64_t{4} * kThreads * pieces;
   const Commit job{region_views_,
                    active_->views(),
+                   tile_names_,
                    has_resets_ ? age_ : nullptr,
                    o_ + (rows_ - call_streams_) * spec_.dim,
                    active_->o(),
-                   spec_.dim,
+                   outputs,
                    call_streams_,
                    call_tokens_,
+                   tiles_,
+                   tile_blocks,
+                   log_streams,
+                   judging,
                    verdict_};
-  const int regions = static_cast<int>(regions_.size());
-  const dim3 grid(64, regions + 1);
-  with_real(spec_.bf16,
-            [&](auto real) { commit_kernel<decltype(real)><<<grid, kThreads, 0, stream_.get()>>>(job, regions); });
+  const dim3 grid(tile_blocks + static_cast<unsigned>((outputs + of_blocks - 1) / of_blocks), pieces);
+  with_real(spec_.bf16, [&](auto real) { commit_kernel<decltype(real)><<<grid, kThreads, 0, stream_.get()>>>(job); });
   launched();
 }
 

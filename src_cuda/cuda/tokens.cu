@@ -205,9 +205,8 @@ __global__ void __launch_bounds__(kThreads) commit_kernel(Commit p) {
   const int tile = blockIdx.x * (kCommitRows >> p.log_streams) + (row >> p.log_streams);
   if (stream >= p.streams || tile >= p.tile_count) return;
   const TileName name = p.tiles[tile];
-  const RegionView& region = p.regions[name.region];
-  const StateView& state = p.states[name.region];
-  const int history = region.history;
+  const RegionView region = p.regions[name.region];
+  const StateView state = p.states[name.region];
   const int64_t cell = int64_t{stream} * region.n + name.offset + quarter, step = int64_t{p.streams} * region.n;
   const float4 v = load4(state.next_v + cell), w = load4(state.next_w + cell);
   const int age = p.age ? p.age[int64_t{p.tokens - 1} * p.streams + stream] : INT_MAX;
@@ -218,7 +217,7 @@ __global__ void __launch_bounds__(kThreads) commit_kernel(Commit p) {
   const Real* const newest = static_cast<const Real*>(region.s) + name.offset / kBlock * region.stride + quarter +
                              (int64_t{p.tokens - 1} * p.streams + stream) * kBlock;
   // From the oldest spike down, some at once: what moves up is read before it is overwritten.
-  for (int oldest = history - 1; oldest >= 0; oldest -= kShiftedAtOnce) {
+  for (int oldest = region.history - 1; oldest >= 0; oldest -= kShiftedAtOnce) {
     float4 moved[kShiftedAtOnce] = {};
 #pragma unroll
     for (int j = 0; j < kShiftedAtOnce; ++j) {

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "gather.cuh"
 #include "model.h"
 #include "numbers.cuh"
 
@@ -61,16 +62,11 @@ __global__ void sum_weights_kernel(const float* weights, int64_t rows, bool magn
   if (threadIdx.x == 0) verdict->divisor = given >= 0 ? given : sum;
 }
 
-// Row i of the panels = row ids[i] of the table; its row i without ids. The sum with 0 leaves one kind of NaN, which is
-// not the one that tells the brain launch to wait.
+// Row i of the panels = row ids[i] of the table; its row i without ids.
 template <class Real>
 __global__ void gather_rows_kernel(const float* table, const int32_t* ids, int64_t dim, int64_t stride, Real* out) {
   const int64_t row = blockIdx.x;
-  const float* from = table + (ids ? ids[row] : row) * dim;
-  for (int64_t j = 4 * threadIdx.x; j < dim; j += 4 * blockDim.x) {
-    const float4 x = load4(from + j);
-    store4(out + j / kBlock * stride + row * kBlock + j % kBlock, {x.x + 0.0f, x.y + 0.0f, x.z + 0.0f, x.w + 0.0f});
-  }
+  gather_row<2>(table + (ids ? ids[row] : row) * dim, dim, row, stride, threadIdx.x, blockDim.x, out);
 }
 
 // Per region: [mean rate, mean squared distance of a neuron's rate to its target].
@@ -158,16 +154,6 @@ __global__ void set_verdict_kernel(Verdict* verdict, const Faults* faults, bool 
 
 __global__ void set_draw_kernel(Draw* to, Draw draw) { *to = draw; }
 
-// One block: ids [rows] become draw number `kept` of [.., rows].
-__global__ void keep_drawn_kernel(const int32_t* ids, int64_t rows, Draw* draw, int32_t* drawn) {
-  int32_t* to = drawn + draw->kept * rows;
-  for (int64_t i = threadIdx.x; i < rows; i += blockDim.x) to[i] = ids[i];
-  __syncthreads();
-  if (threadIdx.x > 0) return;
-  ++draw->kept;
-  ++draw->sampling.position;
-}
-
 struct Commit {
   const RegionView* regions;
   const StateView* states;
@@ -180,6 +166,7 @@ struct Commit {
   int tile_blocks, log_streams;  // blocks of threads along x that have tiles; 2^log_streams streams of a tile each
   bool judging;
   Verdict* verdict;
+  Draw* draw;  // of a token that was drawn, null = none: the next one is another
 };
 
 // A block of threads takes 32 rows of 32 neurons: 2^log_streams streams of as many tiles as that leaves. A thread has
@@ -193,7 +180,10 @@ static_assert(kCommitRows * kBlock / 4 == kThreads);
 template <class Real>
 __global__ void __launch_bounds__(kThreads) commit_kernel(Commit p) {
   const bool ok = p.judging ? sound(*p.verdict) : p.verdict->ok != 0;
-  if (p.judging && blockIdx.x + blockIdx.y + threadIdx.x == 0) give_verdict(p.verdict, 0.0, ok);
+  if (blockIdx.x + blockIdx.y + threadIdx.x == 0) {
+    if (p.judging) give_verdict(p.verdict, 0.0, ok);
+    if (p.draw) ++p.draw->kept, ++p.draw->sampling.position;
+  }
   if (blockIdx.x >= p.tile_blocks) {
     const int64_t block = int64_t{blockIdx.x - p.tile_blocks} * gridDim.y + blockIdx.y;
     const int64_t i = 4 * (block * kThreads + threadIdx.x);
@@ -328,7 +318,7 @@ void CudaModel::judge(bool with_losses) {
   launched();
 }
 
-void CudaModel::commit(bool judging) {
+void CudaModel::commit(bool judging, bool drawn) {
   int log_streams = 0;  // as many streams to a block of threads as there are, in powers of two
   while (1 << log_streams < std::min(call_streams_, kCommitRows)) ++log_streams;
   const int tiles_each = kCommitRows >> log_streams, tile_blocks = (tiles_ + tiles_each - 1) / tiles_each;
@@ -347,7 +337,8 @@ void CudaModel::commit(bool judging) {
                    tile_blocks,
                    log_streams,
                    judging,
-                   verdict_};
+                   verdict_,
+                   drawn ? draw_ : nullptr};
   const dim3 grid(tile_blocks + static_cast<unsigned>((outputs + of_blocks - 1) / of_blocks), pieces);
   with_real(spec_.bf16, [&](auto real) { commit_kernel<decltype(real)><<<grid, kThreads, 0, stream_.get()>>>(job); });
   launched();
@@ -377,12 +368,8 @@ const Verdict& CudaModel::finish(size_t extra_bytes) {
 }
 
 void CudaModel::set_draw(const Sampling& sampling) {
+  draws_from_all_ = sampling.greedy || ((sampling.top_k <= 0 || sampling.top_k >= spec_.vocab) && sampling.top_p >= 1);
   set_draw_kernel<<<1, 1, 0, stream_.get()>>>(draw_, Draw{sampling, 0});  // by value: nothing to keep until it is read
-  launched();
-}
-
-void CudaModel::keep_drawn() {
-  keep_drawn_kernel<<<1, 256, 0, stream_.get()>>>(ids_, rows_, draw_, drawn_);
   launched();
 }
 

@@ -201,7 +201,8 @@ void CudaModel::for_logits(const Input& broca, int64_t rows, Body body) {
   }
 }
 
-// One token of generation, on the device alone: logits of broca_real_, a draw, the token through the brain, state kept.
+// One token of generation after hush(), on the device alone: logits of broca_real_, a draw, the token through the
+// brain, state kept.
 void CudaModel::speak() {
   float* logits = sampling_logits();
   const int64_t streams = call_streams_;
@@ -211,7 +212,7 @@ void CudaModel::speak() {
     logits_on_device(rows, count, logits, !draw_spreads());
     draw(logits, count, first, ids_ + first, true);
   }
-  forward();
+  forward(true);
   commit(true, true);
 }
 
@@ -227,6 +228,7 @@ int CudaModel::generate(State& state, float* broca, const Sampling& sampling, in
   const size_t bytes = sizeof(float) * rows_ * spec_.dim;
   copy_in(d_broca_, broca, bytes);
   to_real(d_broca_, rows_ * spec_.dim, broca_real_);
+  hush();
   const int64_t batch = capacity_ / rows_;
   Sampling from = sampling;
   for (int64_t token = 0; token < count; token += batch) {

@@ -306,7 +306,7 @@ Dropout CudaModel::dropout() const {
           static_cast<uint32_t>(spec_.seed >> 32) ^ static_cast<uint32_t>(call_)};
 }
 
-void CudaModel::forward() {
+void CudaModel::forward(bool hushed) {
   refresh_derived();
   with_real(spec_.bf16, [&](auto real) {
     using Real = decltype(real);
@@ -316,7 +316,7 @@ void CudaModel::forward() {
       launched(multiply_blocks<Real>(stream_.get(), embed_gate_, forward_blocks_, rows_, 0, tiles_,
                                      StoreGate<Real>{region_views_, tile_names_}));
     }
-    run_brain();
+    run_brain(hushed);
     launched(multiply_blocks<Real>(stream_.get(), hear_, forward_blocks_, rows_, 0, spec_.dim / kBlock,
                                    StoreRows{o_, spec_.dim}));
   });
@@ -389,7 +389,24 @@ BrainShape CudaModel::brain_shape(const BrainPlan& plan, int streams, int tokens
   return best.group ? best : shape_of(plan, std::min(limit, kGlobalStateStreams), tokens);
 }
 
-void CudaModel::run_brain() {
+void CudaModel::hush() {
+  // A thread of a tile for each 16 bytes of its spikes and each four it carries, up to kWide; then more blocks, of
+  // which there are enough when each thread has two of them.
+  const int64_t carried = int64_t{*std::max_element(history_.begin(), history_.end())} * call_streams_,
+                fours = std::max(rows_, carried) * (kBlock / 4);
+  int log_threads = 3;
+  while (1 << log_threads < std::min<int64_t>(fours, kWide)) ++log_threads;
+  const int tiles_each = kWide >> log_threads;
+  const dim3 hush_grid((tiles_ + tiles_each - 1) / tiles_each,
+                       static_cast<unsigned>(std::clamp<int64_t>(fours / (2 * kWide), 1, 64)));
+  with_real(spec_.bf16, [&](auto real) {
+    hush_kernel<decltype(real)><<<hush_grid, kWide, 0, stream_.get()>>>(region_views_, active_->views(), tile_names_,
+                                                                        tiles_, rows_, call_streams_, log_threads);
+  });
+  launched();
+}
+
+void CudaModel::run_brain(bool hushed) {
   const BrainPlan& plan = brain_plan(call_streams_, call_tokens_);
   const BrainShape shape = brain_shape(plan, call_streams_, call_tokens_);
   BrainCall call{
@@ -417,20 +434,7 @@ void CudaModel::run_brain() {
       &plan == &outside_,
       spec_.graded ? spec_.max_spike : 1.0f,
       dropout()};
-  // A thread of a tile for each 16 bytes of its spikes and each four it carries, up to kWide; then more blocks, of
-  // which there are enough when each thread has two of them.
-  const int64_t carried = int64_t{*std::max_element(history_.begin(), history_.end())} * call_streams_,
-                fours = std::max(rows_, carried) * (kBlock / 4);
-  int log_threads = 3;
-  while (1 << log_threads < std::min<int64_t>(fours, kWide)) ++log_threads;
-  const int tiles_each = kWide >> log_threads;
-  const dim3 hush_grid((tiles_ + tiles_each - 1) / tiles_each,
-                       static_cast<unsigned>(std::clamp<int64_t>(fours / (2 * kWide), 1, 64)));
-  with_real(spec_.bf16, [&](auto real) {
-    hush_kernel<decltype(real)><<<hush_grid, kWide, 0, stream_.get()>>>(region_views_, active_->views(), tile_names_,
-                                                                        tiles_, rows_, call_streams_, log_threads);
-  });
-  launched();
+  if (!hushed) hush();
   if (run_dense_brain()) return;
   const bool plain = !has_resets_ && spec_.dropout == 0;
   void* kernel = spec_.bf16 ? (plain ? brain_kernel<bf16, true>(shape) : brain_kernel<bf16, false>(shape))

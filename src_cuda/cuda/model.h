@@ -282,7 +282,8 @@ class CudaModel final : public Model {
   void gather_rows(const float* table, const int32_t* ids);
   void summarize(const Output& predictions);  // Verdict: loss, rates, homeostasis, ok
   void judge(bool with_losses);               // Verdict of a call that does not learn
-  // Where ok. judging: gives the verdict itself, as judge(false). drawn: the next draw is another one.
+  // Where ok. judging: gives the verdict itself, as judge(false). drawn: a token of generation; the next draw is
+  // another one, and hush() is done for it.
   void commit(bool judging = false, bool drawn = false);
   const Verdict& finish(size_t prediction_bytes);  // one copy back, the one wait, errors of device arrays
   void report(const Targets& targets, StepStats* stats);
@@ -300,8 +301,9 @@ class CudaModel final : public Model {
   void settle();          // wait(), and throws what calls that did not wait have left
 
   // forward.cu
-  void forward();
-  void run_brain();
+  void forward(bool hushed = false);
+  void hush();  // before the brain launch: no spike of the call is written yet
+  void run_brain(bool hushed);
   const BrainPlan& brain_plan(int streams, int tokens) const;
   BrainShape shape_of(const BrainPlan& plan, int group, int tokens) const;
   BrainShape brain_shape(const BrainPlan& plan, int streams, int tokens) const;

@@ -125,9 +125,9 @@ __global__ void summarize_kernel(Summary p) {
          isfinite(v.homeostasis);
 }
 
-// Whether a call without losses, or whose losses do not count, may leave its state.
+// Whether a call without losses, or whose losses do not count, may leave its state. One look at all three.
 __device__ inline bool sound(const Verdict& verdict) {
-  return !verdict.faulty && !verdict.bad_id && !verdict.state_not_finite;
+  return (verdict.faulty | verdict.bad_id | verdict.state_not_finite) == 0;
 }
 
 __device__ inline void give_verdict(Verdict* verdict, double loss, bool ok) {
@@ -166,28 +166,40 @@ struct Commit {
   int tile_blocks, log_streams;  // blocks of threads along x that have tiles; 2^log_streams streams of a tile each
   bool judging;
   Verdict* verdict;
-  Draw* draw;  // of a token that was drawn, null = none: the next one is another
+  Draw* draw;  // of a token of generation, null = none: another one follows
 };
 
 // A block of threads takes 32 rows of 32 neurons: 2^log_streams streams of as many tiles as that leaves. A thread has
 // four neurons of a stream, so eight threads share a line of 128 bytes. The blocks along x behind those of the tiles
 // have the readout. What it reads is asked for before the verdict is looked at. Judging: it gives the verdict of a call
-// without losses as well; every thread reads what nobody writes here.
+// without losses as well; every thread reads what nobody writes here. After a token of generation it leaves everything
+// as hush_kernel would, so that none is needed before the next.
 constexpr int kCommitRows = 32;
 constexpr int kShiftedAtOnce = 4;
 static_assert(kCommitRows * kBlock / 4 == kThreads);
 
+// Four spikes that are not written yet.
+__device__ inline Four<bf16> silence(bf16) { return {{~0u, ~0u}}; }
+__device__ inline Four<float> silence(float) {
+  const float none = __uint_as_float(~0u);
+  return {{none, none, none, none}};
+}
+
+// store4() that the compiler neither takes apart nor moves.
+__device__ inline void store_whole(float* to, float4 x) {
+  asm volatile("st.global.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w) : "memory");
+}
+
 template <class Real>
 __global__ void __launch_bounds__(kThreads) commit_kernel(Commit p) {
   const bool ok = p.judging ? sound(*p.verdict) : p.verdict->ok != 0;
-  if (blockIdx.x + blockIdx.y + threadIdx.x == 0) {
-    if (p.judging) give_verdict(p.verdict, 0.0, ok);
-    if (p.draw) ++p.draw->kept, ++p.draw->sampling.position;
-  }
   if (blockIdx.x >= p.tile_blocks) {
     const int64_t block = int64_t{blockIdx.x - p.tile_blocks} * gridDim.y + blockIdx.y;
     const int64_t i = 4 * (block * kThreads + threadIdx.x);
     if (ok && i < p.outputs) store4(p.o + i, load4(p.last_o + i));
+    if (i > 0) return;
+    if (p.judging) give_verdict(p.verdict, 0.0, ok);
+    if (p.draw) ++p.draw->kept, ++p.draw->sampling.position;
     return;
   }
   const int row = threadIdx.x / 8, quarter = threadIdx.x % 8 * 4;
@@ -200,26 +212,45 @@ __global__ void __launch_bounds__(kThreads) commit_kernel(Commit p) {
   const int64_t cell = int64_t{stream} * region.n + name.offset + quarter, step = int64_t{p.streams} * region.n;
   const float4 v = load4(state.next_v + cell), w = load4(state.next_w + cell);
   const int age = p.age ? p.age[int64_t{p.tokens - 1} * p.streams + stream] : INT_MAX;
-  if (!ok) return;
-  store4(state.v + cell, v);
-  store4(state.w + cell, w);
-  float* const spikes = state.spikes + cell;
-  const Real* const newest = static_cast<const Real*>(region.s) + name.offset / kBlock * region.stride + quarter +
-                             (int64_t{p.tokens - 1} * p.streams + stream) * kBlock;
+  const int64_t panel = name.offset / kBlock,
+                newest = panel * region.stride + (int64_t{p.tokens - 1} * p.streams + stream) * kBlock + quarter;
+  Real* const s = in_global<Real>(region.s) + newest;
+  const auto hush = [&] {
+    put4(s, silence(Real{}));
+    if (region.emitted != region.s) put4(in_global<Real>(region.emitted) + newest, silence(Real{}));
+    if (stream == 0) *reinterpret_cast<int4*>(region.spike_count + name.offset + quarter) = {0, 0, 0, 0};
+  };
+  if (!ok) {  // what is spoken from here on counts no more, but nobody may take these spikes for it
+    if (p.draw) hush();
+    return;
+  }
+  float* const spikes = in_global<float>(state.spikes) + cell;
+  Real* const recent = in_global<Real>(state.recent) + (panel * region.history * p.streams + stream) * kBlock + quarter;
   // From the oldest spike down, some at once: what moves up is read before it is overwritten.
   for (int oldest = region.history - 1; oldest >= 0; oldest -= kShiftedAtOnce) {
-    float4 moved[kShiftedAtOnce] = {};
+    float4 old[kShiftedAtOnce];
+    Four<Real> spoken[kShiftedAtOnce];
+#pragma unroll
+    for (int j = 0; j < kShiftedAtOnce; ++j) {  // both, of which one counts: without branches they come together
+      const int k = max(oldest - j, 0);
+      old[j] = load4(spikes + max(k - p.tokens, 0) * step);
+      spoken[j] = fetch4(s - int64_t{min(k, p.tokens - 1)} * p.streams * kBlock);
+    }
 #pragma unroll
     for (int j = 0; j < kShiftedAtOnce; ++j) {
       const int k = oldest - j;
-      if (k < 0 || age < k) continue;
-      moved[j] = k < p.tokens ? load4(newest - int64_t{k} * p.streams * kBlock) : load4(spikes + (k - p.tokens) * step);
-    }
-#pragma unroll
-    for (int j = 0; j < kShiftedAtOnce; ++j) {
-      if (oldest >= j) store4(spikes + (oldest - j) * step, moved[j]);
+      const float4 fresh = unpack(spoken[j]);
+      const auto choose = [&](float one, float other) { return age < k ? 0.0f : k < p.tokens ? one : other; };
+      const float4 moved = {choose(fresh.x, old[j].x), choose(fresh.y, old[j].y), choose(fresh.z, old[j].z),
+                            choose(fresh.w, old[j].w)};
+      if (k < 0) continue;
+      store_whole(spikes + k * step, moved);
+      if (p.draw) put4(recent + int64_t{k} * p.streams * kBlock, pack<Real>(moved));
     }
   }
+  store4(state.v + cell, v);
+  store4(state.w + cell, w);
+  if (p.draw) hush();
 }
 
 }  // namespace

@@ -3,6 +3,9 @@
 // what happens to the sums is the caller's: finish.open(receiver, first of the lane's four neurons in the tile) gives
 // what is called with (row, float4 of sums), so that pointers are looked up once.
 //
+// Few rows leave a block of threads one warp with work, which would wait for its terms one after the other: there a
+// warp has kRows rows and several terms on their way. The order of a sum is the same.
+//
 // Quartets, four receivers that hear the same sources (all projections are dense), are multiplied together by a block
 // of threads: 128 neurons x kQuartetRows rows, so that each source is read once for four receivers and each weight
 // block once for all those rows.
@@ -21,6 +24,8 @@ constexpr int kProductWarps = 8;
 constexpr int kProductSteps = 4;                                     // of kRows rows
 constexpr int kProductRows = kProductWarps * kProductSteps * kRows;  // of a block of threads at a time
 constexpr int kProductRounds = 8;                                    // at most
+constexpr int kFewRows = 256;                                        // at most, for multiply_few_kernel
+constexpr int kFewWarps = 4;
 constexpr int kQuartetRows = kRight * kBlock;
 static_assert(kQuartet == kLeft, "a quartet's blocks are the left operand");
 
@@ -67,6 +72,57 @@ __global__ void __launch_bounds__(kProductWarps * 32)
         if (row < rows) put(row, float4{x[0][c], x[1][c], x[2][c], x[3][c]});
       }
     }
+  }
+}
+
+// blockIdx.y: rows, kRows a warp.
+template <class Real, class Finish>
+__global__ void __launch_bounds__(kFewWarps * 32)
+    multiply_few_kernel(TermList list, const int32_t* soloists, const Real* weights, int64_t rows, int first_receiver,
+                        Finish finish) {
+  constexpr int kAhead =
+      sizeof(Real) == sizeof(bf16) ? 8 : 1;  // terms on their way; floats are read where they are used
+  const int lane = threadIdx.x % 32;
+  const int64_t first = (int64_t{blockIdx.y} * (blockDim.x / 32) + threadIdx.x / 32) * kRows;
+  if (first >= rows) return;
+  const int count = static_cast<int>(min(rows - first, int64_t{kRows}));
+  const int receiver = soloists ? soloists[blockIdx.x] : first_receiver + blockIdx.x;
+  const int32_t begin = list.begin[receiver], end = list.begin[receiver + 1];
+  BlockWeights<Real> block[kAhead];
+  Sources<Real> sources[kAhead];
+  // What the terms say: a lane has one of 32, and gives it to all.
+  uint64_t source_of = 0;
+  int32_t block_of = 0, next = begin;
+  const auto fetch = [&](int slot) {
+    if (next >= end) return;
+    const int from = (next - begin) % 32;
+    if (from == 0 && next + lane < end) {
+      const Term& term = list.terms[next + lane];
+      source_of = reinterpret_cast<uint64_t>(term.source);
+      block_of = term.block;
+    }
+    const auto* source = reinterpret_cast<const Real*>(__shfl_sync(0xffffffffu, source_of, from));
+    block[slot].load(weights + int64_t{__shfl_sync(0xffffffffu, block_of, from)} * kBlockArea);
+    sources[slot].load(source + first * kBlock, count);
+    ++next;
+  };
+#pragma unroll
+  for (int j = 0; j < kAhead; ++j) fetch(j);
+  const auto put = finish.open(receiver, lane_receiver());
+  Sums sums;
+  zero(sums);
+  for (int32_t at = begin; at < end; at += kAhead) {
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      if (at + j >= end) break;
+      multiply_add(sums, block[j], sources[j]);
+      fetch(j);
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+    const float (&x)[4][2] = sums.x;
+    if (lane_row() + c < count) put(first + lane_row() + c, float4{x[0][c], x[1][c], x[2][c], x[3][c]});
   }
 }
 
@@ -158,6 +214,13 @@ int multiply_blocks(cudaStream_t stream, const ProductList& list, const void* we
   receivers -= quartets * kQuartet;
   if (!receivers) return 1;
   const int32_t* soloists = quartets ? list.soloists + first_receiver - before * kQuartet : nullptr;
+  if (rows <= kFewRows) {
+    const int chunks = static_cast<int>((rows + kRows - 1) / kRows), warps = std::min(chunks, kFewWarps);
+    const dim3 few(receivers, (chunks + warps - 1) / warps);
+    multiply_few_kernel<Real><<<few, warps * 32, 0, stream>>>(list, soloists, static_cast<const Real*>(weights), rows,
+                                                              first_receiver, finish);
+    return quartets ? 2 : 1;
+  }
   const int64_t pieces = (rows + kProductRows - 1) / kProductRows;
   // Enough blocks of threads for every multiprocessor before one of them works on several pieces.
   const int64_t rounds = std::clamp<int64_t>(pieces * receivers / 4096, 1, kProductRounds);

@@ -79,8 +79,7 @@ void CudaModel::advance(State& state, const Tokens& tokens, float* broca) {
   train_dropout_ = false;
   stage(static_cast<CudaState&>(state), tokens);
   forward();
-  judge(false);
-  commit();
+  commit(true);
   if (broca) {
     normalize_rows(o_ + (rows_ - call_streams_) * spec_.dim, call_streams_, d_broca_, nullptr, nullptr);
     copy_out(broca, d_broca_, sizeof(float) * call_streams_ * spec_.dim);
@@ -112,8 +111,11 @@ void CudaModel::step(const Input& x, bool hold) {
   begin(*state_, spec_.streams, 1);
   stage_rows(x);
   in_range("forward", [&] { forward(); });
-  judge(false);
-  if (!hold) commit();
+  if (hold) {
+    judge(false);
+  } else {
+    commit(true);
+  }
   if (x.device && !hold) return remember_state();
   const Verdict& verdict = finish(0);
   if (!hold) require_finite(verdict);
@@ -178,7 +180,7 @@ void CudaModel::sample(const Input& broca, int64_t rows, const Sampling& samplin
   }
   set_draw(sampling);
   for_logits(broca, rows, [&](int64_t first, int64_t count, const float* logits) {
-    draw(logits, count, draw_, first, drawn_);
+    draw(logits, count, first, drawn_);
     give(ids, sizeof(int32_t) * first, drawn_, sizeof(int32_t) * count);
     if (!broca.device || !ids.device) settle();
   });
@@ -199,25 +201,24 @@ void CudaModel::for_logits(const Input& broca, int64_t rows, Body body) {
   }
 }
 
-// One token of generation, on the device alone: logits of broca_real_, a draw, the token through the brain, state kept.
+// One token of generation after hush(), on the device alone: logits of broca_real_, a draw, the token through the
+// brain, state kept.
 void CudaModel::speak() {
   float* logits = sampling_logits();
   const int64_t streams = call_streams_;
   for (int64_t first = 0; first < streams; first += sampling_rows()) {
     const int64_t count = std::min(sampling_rows(), streams - first);
     const char* rows = static_cast<const char*>(broca_real_) + first * spec_.dim * real_size();
-    logits_on_device(rows, count, logits);
-    draw(logits, count, draw_, first, ids_ + first);
+    logits_on_device(rows, count, logits, !draw_spreads());
+    draw(logits, count, first, ids_ + first, true);
   }
-  keep_drawn();
-  gather_rows();
-  forward();
-  judge(false);
-  commit();
+  forward(true);
+  commit(true, true);
 }
 
 // The first token runs launch by launch, which loads every kernel; the step is then captured and replayed: the host
-// launches one graph a token and waits once for as many tokens as drawn_ has room for.
+// launches one graph a token or kTokensAtOnce, and waits once for as many tokens as drawn_ has room for. A graph reads
+// what changes from device memory, so it serves later calls for the same state as well; it knows that by its arrays.
 int CudaModel::generate(State& state, float* broca, const Sampling& sampling, int count, int32_t* ids) {
   const OnDevice scope(spec_.device);
   train_dropout_ = false;
@@ -227,20 +228,31 @@ int CudaModel::generate(State& state, float* broca, const Sampling& sampling, in
   const size_t bytes = sizeof(float) * rows_ * spec_.dim;
   copy_in(d_broca_, broca, bytes);
   to_real(d_broca_, rows_ * spec_.dim, broca_real_);
+  hush();
   const int64_t batch = capacity_ / rows_;
   Sampling from = sampling;
   for (int64_t token = 0; token < count; token += batch) {
     const int64_t some = std::min(batch, count - token);
     from.position = sampling.position + token;
     set_draw(from);
-    for (int64_t i = 0; i < some; ++i) {
-      if (token + i == 0) {
-        speak();
-        if (count > 1) capture();
-      } else {
-        NG_CUDA(cudaGraphLaunch(graph_.get(), stream_.get()));
-        ++counters_.launches;
-      }
+    int64_t done = 0;
+    const std::tuple graphs_of(static_cast<const void*>(own.views()), static_cast<const void*>(own.o()), own.streams(),
+                               draws_from_all_);
+    if (graphs_of_ != graphs_of) {
+      graph_.reset();
+      graph_of_many_.reset();
+      speak();
+      graphs_of_ = graphs_of;
+      done = 1;
+    }
+    while (done < some) {
+      const bool many = some - done >= kTokensAtOnce;
+      const int tokens = many ? kTokensAtOnce : 1;
+      GraphExec& graph = many ? graph_of_many_ : graph_;
+      if (!graph) capture(tokens, graph);
+      NG_CUDA(cudaGraphLaunch(graph.get(), stream_.get()));
+      ++counters_.launches;
+      done += tokens;
     }
     copy_out(ids + token * rows_, drawn_, sizeof(int32_t) * some * rows_);
     const Verdict& verdict = finish(0);
@@ -252,12 +264,12 @@ int CudaModel::generate(State& state, float* broca, const Sampling& sampling, in
   return count;
 }
 
-void CudaModel::capture() {
+void CudaModel::capture(int tokens, GraphExec& to) {
   const int64_t before = counters_.launches;
   cudaGraph_t graph = nullptr;
   NG_CUDA(cudaStreamBeginCapture(stream_.get(), cudaStreamCaptureModeThreadLocal));
   try {
-    speak();
+    for (int i = 0; i < tokens; ++i) speak();
   } catch (...) {
     cudaStreamEndCapture(stream_.get(), &graph);
     if (graph) cudaGraphDestroy(graph);
@@ -269,7 +281,7 @@ void CudaModel::capture() {
   const cudaError_t code = cudaGraphInstantiate(&exec, graph, 0);
   cudaGraphDestroy(graph);
   NG_CUDA(code);
-  graph_.reset(exec);
+  to.reset(exec);
 }
 
 void CudaModel::recorded(int index, float* u, float* s, float* gate) const {

@@ -520,10 +520,11 @@ void CudaModel::score(bool want_gradient, bool accumulate) {
   if (walk && want_gradient) add_slices(walks, accumulate);
 }
 
-void CudaModel::logits_on_device(const void* broca_real, int64_t rows, float* out) {
+void CudaModel::logits_on_device(const void* broca_real, int64_t rows, float* out, bool with_bias) {
   cublas_->multiply(stream_.get(), false, true, rows, spec_.vocab, spec_.dim, broca_real, spec_.dim, decoder_real_,
                     spec_.dim, 0.0f, out, spec_.vocab, false);
   launched();
+  if (!with_bias) return;
   const dim3 grid(divide_up(spec_.vocab, kThreads), static_cast<unsigned>(std::min<int64_t>(rows, 65535)));
   add_bias_kernel<<<grid, kThreads, 0, stream_.get()>>>(out, decoder_bias_, rows, spec_.vocab);
   launched();

@@ -138,26 +138,44 @@ __global__ void __launch_bounds__(kBrainThreads, 1) run_brain_kernel(const __gri
   }
 }
 
-// Before the launch: every spike of the call becomes "not written yet", those of earlier calls become Real.
-// blockIdx.x: tile.
+// Before the launch: every spike of the call becomes "not written yet", those of earlier calls become Real, and none is
+// counted. A block of threads takes tiles, 2^log_threads threads each; blockIdx.y: shares of a tile's work.
 template <class Real>
-__global__ void hush_kernel(const RegionView* regions, const StateView* states, const TileName* tiles, int64_t rows,
-                            int streams) {
-  const TileName tile = tiles[blockIdx.x];
-  const RegionView& region = regions[tile.region];
-  const int64_t panel = tile.offset / kBlock, begin = int64_t{blockIdx.y} * blockDim.x + threadIdx.x,
-                step = int64_t{gridDim.y} * blockDim.x, words = rows * kBlock * sizeof(Real) / sizeof(uint4);
+__global__ void __launch_bounds__(kWide)
+    hush_kernel(const RegionView* regions, const StateView* states, const TileName* tiles, int tile_count, int64_t rows,
+                int streams, int log_threads) {
+  constexpr int kAtOnce = 4;
+  const int tile = blockIdx.x * (kWide >> log_threads) + (threadIdx.x >> log_threads);
+  if (tile >= tile_count) return;
+  const TileName name = tiles[tile];
+  const RegionView region = regions[name.region];
+  const StateView state = states[name.region];
+  const int64_t panel = name.offset / kBlock, step = int64_t{gridDim.y} << log_threads,
+                begin = (int64_t{blockIdx.y} << log_threads) + (threadIdx.x & ((1 << log_threads) - 1)),
+                words = rows * kBlock * sizeof(Real) / sizeof(uint4);
   const uint4 silence = {~0u, ~0u, ~0u, ~0u};
-  for (void* spikes : {region.s, region.emitted}) {
+  const auto hush = [&](void* spikes) {
     auto* to = reinterpret_cast<uint4*>(static_cast<Real*>(spikes) + panel * region.stride);
     for (int64_t i = begin; i < words; i += step) to[i] = silence;
-    if (region.emitted == region.s) break;
-  }
-  const StateView& state = states[tile.region];
-  const int64_t carried = int64_t{region.history} * streams;  // rows
-  Real* recent = static_cast<Real*>(state.recent) + panel * carried * kBlock;
-  for (int64_t i = begin; i < carried * kBlock / 4; i += step) {
-    store4(recent + 4 * i, load4(state.spikes + i / 8 * region.n + tile.offset + i % 8 * 4));
+  };
+  hush(region.s);
+  if (region.emitted != region.s) hush(region.emitted);
+  if (begin < kBlock / 4) reinterpret_cast<int4*>(region.spike_count + name.offset)[begin] = {0, 0, 0, 0};
+  const int64_t carried = int64_t{region.history} * streams * (kBlock / 4);  // fours
+  Real* const recent = static_cast<Real*>(state.recent) + panel * carried * 4;
+  const float* const from = state.spikes + name.offset;
+  for (int64_t first = begin; first < carried; first += kAtOnce * step) {  // several on their way
+    float4 x[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int64_t i = min(first + j * step, carried - 1);
+      x[j] = load4(from + i / 8 * region.n + i % 8 * 4);
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int64_t i = first + j * step;
+      if (i < carried) store4(recent + 4 * i, x[j]);
+    }
   }
 }
 
@@ -288,7 +306,7 @@ Dropout CudaModel::dropout() const {
           static_cast<uint32_t>(spec_.seed >> 32) ^ static_cast<uint32_t>(call_)};
 }
 
-void CudaModel::forward() {
+void CudaModel::forward(bool hushed) {
   refresh_derived();
   with_real(spec_.bf16, [&](auto real) {
     using Real = decltype(real);
@@ -298,7 +316,7 @@ void CudaModel::forward() {
       launched(multiply_blocks<Real>(stream_.get(), embed_gate_, forward_blocks_, rows_, 0, tiles_,
                                      StoreGate<Real>{region_views_, tile_names_}));
     }
-    run_brain();
+    run_brain(hushed);
     launched(multiply_blocks<Real>(stream_.get(), hear_, forward_blocks_, rows_, 0, spec_.dim / kBlock,
                                    StoreRows{o_, spec_.dim}));
   });
@@ -369,7 +387,24 @@ BrainShape CudaModel::brain_shape(const BrainPlan& plan, int streams, int tokens
   return best.group ? best : shape_of(plan, std::min(limit, kGlobalStateStreams), tokens);
 }
 
-void CudaModel::run_brain() {
+void CudaModel::hush() {
+  // A thread of a tile for each 16 bytes of its spikes and each four it carries, up to kWide; then more blocks, of
+  // which there are enough when each thread has two of them.
+  const int64_t carried = int64_t{*std::max_element(history_.begin(), history_.end())} * call_streams_,
+                fours = std::max(rows_, carried) * (kBlock / 4);
+  int log_threads = 3;
+  while (1 << log_threads < std::min<int64_t>(fours, kWide)) ++log_threads;
+  const int tiles_each = kWide >> log_threads;
+  const dim3 hush_grid((tiles_ + tiles_each - 1) / tiles_each,
+                       static_cast<unsigned>(std::clamp<int64_t>(fours / (2 * kWide), 1, 64)));
+  with_real(spec_.bf16, [&](auto real) {
+    hush_kernel<decltype(real)><<<hush_grid, kWide, 0, stream_.get()>>>(region_views_, active_->views(), tile_names_,
+                                                                        tiles_, rows_, call_streams_, log_threads);
+  });
+  launched();
+}
+
+void CudaModel::run_brain(bool hushed) {
   const BrainPlan& plan = brain_plan(call_streams_);
   const BrainShape shape = brain_shape(plan, call_streams_, call_tokens_);
   BrainCall call{
@@ -397,13 +432,7 @@ void CudaModel::run_brain() {
       &plan == &outside_,
       spec_.graded ? spec_.max_spike : 1.0f,
       dropout()};
-  const dim3 hush_grid(tiles_, static_cast<unsigned>(std::clamp<int64_t>(rows_ / kWide, 1, 64)));
-  with_real(spec_.bf16, [&](auto real) {
-    hush_kernel<decltype(real)>
-        <<<hush_grid, kWide, 0, stream_.get()>>>(region_views_, active_->views(), tile_names_, rows_, call_streams_);
-  });
-  launched();
-  NG_CUDA(cudaMemsetAsync(spike_counts_, 0, sizeof(int) * total_neurons(), stream_.get()));
+  if (!hushed) hush();
   if (run_dense_brain()) return;
   const bool plain = !has_resets_ && spec_.dropout == 0;
   void* kernel = spec_.bf16 ? (plain ? brain_kernel<bf16, true>(shape) : brain_kernel<bf16, false>(shape))

@@ -15,6 +15,7 @@
 #include <deque>
 #include <memory>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "arena.h"
@@ -47,6 +48,7 @@ constexpr size_t kMostNear = 16384;   // ... of all tiles of a share, where that
 constexpr int kSpareRows = 16;        // before and behind every panel: readable, of no meaning
 constexpr int kNormBlocks = 1056;     // blocks that share the gradient's norm: fixed, so that its bits are
 constexpr int kSegmentRows = 32;      // sorted rows that a block of threads adds up (embedding.cu)
+constexpr int kTokensAtOnce = 8;      // of generation that one launch of a graph makes, where so many are wanted
 constexpr size_t kBlasWorkspace = size_t{32} << 20;
 
 // What a region looks like to a kernel.
@@ -281,13 +283,14 @@ class CudaModel final : public Model {
   void stage_targets(const Targets& targets);
   void gather_rows();  // x_ = embedding rows of the staged ids
   void gather_rows(const float* table, const int32_t* ids);
-  void summarize(const Output& predictions);       // Verdict: loss, rates, homeostasis, ok
-  void judge(bool with_losses);                    // Verdict of a call that does not learn
-  void commit();                                   // where ok
+  void summarize(const Output& predictions);  // Verdict: loss, rates, homeostasis, ok
+  void judge(bool with_losses);               // Verdict of a call that does not learn
+  // Where ok. judging: gives the verdict itself, as judge(false). drawn: a token of generation; the next draw is
+  // another one, and hush() is done for it.
+  void commit(bool judging = false, bool drawn = false);
   const Verdict& finish(size_t prediction_bytes);  // one copy back, the one wait, errors of device arrays
   void report(const Targets& targets, StepStats* stats);
   void set_draw(const Sampling& sampling);
-  void keep_drawn();  // appends ids_ to drawn_, moves to the next position
 
   // callers.cu: the caller's device arrays where they are, and errors of calls that do not wait
   void stage_rows(const Input& x);  // x_ = the caller's rows
@@ -301,8 +304,9 @@ class CudaModel final : public Model {
   void settle();          // wait(), and throws what calls that did not wait have left
 
   // forward.cu
-  void forward();
-  void run_brain();
+  void forward(bool hushed = false);
+  void hush();  // before the brain launch: no spike of the call is written yet
+  void run_brain(bool hushed);
   const BrainPlan& brain_plan(int streams) const;
   BrainShape shape_of(const BrainPlan& plan, int group, int tokens) const;
   BrainShape brain_shape(const BrainPlan& plan, int streams, int tokens) const;
@@ -314,11 +318,12 @@ class CudaModel final : public Model {
   void lay_out_decoder();
   int walk_threads() const;
   void score(bool want_gradient, bool accumulate);  // row_loss_, row_best_; with the gradient d_broca_, dW, dc
-  void logits_on_device(const void* broca_real, int64_t rows, float* out);  // float [rows, V] with the bias
+  void logits_on_device(const void* broca_real, int64_t rows, float* out, bool with_bias = true);  // float [rows, V]
   void to_real(const float* from, int64_t count, void* to);
 
   // sampling.cu
-  void draw(const float* logits, int64_t rows, const Draw* arguments, int64_t first_row, int32_t* ids);
+  void draw(const float* logits, int64_t rows, int64_t first_row, int32_t* ids, bool speak = false);
+  bool draw_spreads();  // whether several blocks of threads draw a row
   float* sampling_logits() const { return static_cast<float*>(logits_); }
   int64_t sampling_rows() const {  // float rows that fit there
     return logit_rows_ * logit_ld_ * static_cast<int64_t>(real_size()) /
@@ -351,7 +356,7 @@ class CudaModel final : public Model {
   template <class Body>
   void for_logits(const Input& broca, int64_t rows, Body body);
   void speak();
-  void capture();
+  void capture(int tokens, GraphExec& graph);
 
   void wait();
   void launched(int launches = 1);                          // counts them and checks the last
@@ -370,7 +375,9 @@ class CudaModel final : public Model {
   std::deque<Event> marks_;   // not yet passed, the oldest first
   std::vector<Event> spare_;  // to mark with
   uint64_t marked_ = 0, passed_ = 0;
-  GraphExec graph_;
+  // Generation, captured: one token, and kTokensAtOnce; and what they were captured for.
+  GraphExec graph_, graph_of_many_;
+  std::tuple<const void*, const void*, int, bool> graphs_of_;
   mutable Counters counters_;
   std::unique_ptr<Cublas> cublas_;
   std::vector<Tensor> tensors_;
@@ -463,7 +470,9 @@ class CudaModel final : public Model {
 
   double* norm_part_ = nullptr;
   Draw* draw_ = nullptr;
-  int32_t* drawn_ = nullptr;  // [capacity] tokens of generation
+  int32_t* drawn_ = nullptr;     // [capacity] tokens of generation
+  bool draws_from_all_ = false;  // neither top_k nor top_p leaves anything out
+  int clusters_ = -1;            // whether this device has them, once that is known
 };
 
 }  // namespace neurogen::cuda

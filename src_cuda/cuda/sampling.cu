@@ -11,8 +11,15 @@
 // at the key found, the lowest ids are kept. Finding the last of these, and the draw, invert a cumulative sum in id
 // order. A row is read about twice to draw, three times more for each of top_k and top_p; after the first time from the
 // cache.
+//
+// Where every token may be drawn and the device has clusters, a cluster of blocks of threads draws a row of up to
+// 32,768 tokens: it keeps the row in registers, and its blocks tell each other the best token and the sums of masses.
+// The same whole numbers are added up, so the same token is drawn.
+#include <cooperative_groups.h>
+
 #include <cmath>
 
+#include "gather.cuh"
 #include "model.h"
 #include "numbers.cuh"
 #include "philox.h"
@@ -199,9 +206,39 @@ __device__ inline uint64_t multiply_shift(uint64_t a, uint64_t b, int shift, boo
   return __umul64hi(a, b) << (64 - shift) | low >> shift;
 }
 
+// What becomes of a token of generation: draw number `kept` of drawn [.., streams], and the brain's input.
+template <class Real>
+struct Speech {
+  const float *bias, *embedding;  // bias: of the logits, which lack it; null = they have it
+  int64_t dim, stride, streams;
+  int32_t* drawn;  // null = nothing is spoken
+  Real* x;         // panels
+  // By all threads of a block; row: of all streams.
+  __device__ void say(int32_t id, int64_t row, int64_t kept) const {
+    if (!drawn) return;
+    if (threadIdx.x == 0) drawn[kept * streams + row] = id;
+    gather_row<2>(embedding + id * dim, dim, row, stride, threadIdx.x, blockDim.x, x);
+  }
+};
+
+__device__ inline Mass mass_of(const Sampling& how, uint32_t best_key, int32_t vocab) {
+  const int bits = min(52, 31 + __clz(vocab - 1));  // 63 - ceil(log2(V))
+  return {best_key, logit_of(best_key), 1.0 / how.temperature, static_cast<double>(uint64_t{1} << bits)};
+}
+
+// Of 2^53.
+__device__ inline uint64_t uniform_of(const Sampling& how, int64_t row) {
+  const Philox random =
+      philox(static_cast<uint32_t>(row), static_cast<uint32_t>(how.position), static_cast<uint32_t>(how.position >> 32),
+             kSamplingTag, static_cast<uint32_t>(how.seed), static_cast<uint32_t>(how.seed >> 32));
+  return uint64_t{random.word[0] >> 5} << 26 | random.word[1] >> 6;
+}
+
 // One block a row.
-__global__ void __launch_bounds__(kThreads) draw_tokens_kernel(const float* __restrict__ logits, int32_t vocab,
-                                                               const Draw* arguments, int64_t first_row, int32_t* ids) {
+template <class Real>
+__global__ void __launch_bounds__(kThreads)
+    draw_tokens_kernel(const float* __restrict__ logits, int32_t vocab, const Draw* arguments, int64_t first_row,
+                       int32_t* ids, Speech<Real> speech) {
   __shared__ Room room;
   const Sampling how = arguments->sampling;
   const Row row{logits + int64_t{blockIdx.x} * vocab, vocab};
@@ -215,8 +252,7 @@ __global__ void __launch_bounds__(kThreads) draw_tokens_kernel(const float* __re
     // Nothing is possible. What the definition answers, whose sums are NaN.
     drawn = cut_mass ? 0 : cut_count ? how.top_k - 1 : vocab - 1;
   } else {
-    const int bits = min(52, 31 + __clz(vocab - 1));  // 63 - ceil(log2(V))
-    const Mass mass{best_key, logit_of(best_key), 1.0 / how.temperature, static_cast<double>(uint64_t{1} << bits)};
+    const Mass mass = mass_of(how, best_key, vocab);
     Kept kept{0, vocab - 1};
     if (cut_count) kept = keep(row, room, kept, One{}, [&](uint64_t) { return static_cast<uint64_t>(how.top_k); });
     if (cut_mass) {
@@ -227,10 +263,7 @@ __global__ void __launch_bounds__(kThreads) draw_tokens_kernel(const float* __re
         return max(part + cut, uint64_t{1});
       });
     }
-    const Philox random = philox(static_cast<uint32_t>(first_row + blockIdx.x), static_cast<uint32_t>(how.position),
-                                 static_cast<uint32_t>(how.position >> 32), kSamplingTag,
-                                 static_cast<uint32_t>(how.seed), static_cast<uint32_t>(how.seed >> 32));
-    const uint64_t uniform = uint64_t{random.word[0] >> 5} << 26 | random.word[1] >> 6;  // of 2^53
+    const uint64_t uniform = uniform_of(how, first_row + blockIdx.x);
     drawn = invert(
         row, room, [&](uint32_t key, int32_t id) -> uint64_t { return kept(key, id) ? mass(key) : 0; },
         [&](uint64_t all) {
@@ -239,14 +272,188 @@ __global__ void __launch_bounds__(kThreads) draw_tokens_kernel(const float* __re
         });
   }
   if (threadIdx.x == 0) ids[blockIdx.x] = drawn;
+  speech.say(drawn, first_row + blockIdx.x, arguments->kept);
+}
+
+constexpr int kSpreadThreads = 256;
+constexpr int kSpreadWarps = kSpreadThreads / 32;
+constexpr int kFours = 4;                                // of logits a thread keeps, 128 ids from one to the next
+constexpr int kSpreadIds = kSpreadThreads * 4 * kFours;  // of a block
+constexpr int kMostBlocks = 8;                           // of a cluster
+constexpr int kMostPlaces = kMostBlocks * kSpreadWarps;
+static_assert(kMostPlaces <= 64, "a lane looks at what two warps say");
+
+// Shared memory of a block: what every warp of the cluster has to say, warp by warp in the order of ids.
+struct SpreadRoom {
+  uint64_t best[kMostPlaces], sum[kMostPlaces];
+  int32_t id;
+};
+
+// One cluster a row; neither top_k nor top_p. A warp has 128 * kFours neighbouring ids.
+template <class Real>
+__global__ void __launch_bounds__(kSpreadThreads)
+    draw_spread_kernel(const float* __restrict__ logits, int32_t vocab, const Draw* arguments, int64_t first_row,
+                       int32_t* ids, Speech<Real> speech) {
+#if __CUDA_ARCH__ >= 900
+  __shared__ SpreadRoom room;
+  const auto cluster = cooperative_groups::this_cluster();
+  const int blocks = static_cast<int>(cluster.num_blocks()), rank = static_cast<int>(cluster.block_rank());
+  cluster.barrier_arrive();  // what other blocks are told has to wait until they run
+  const int lane = threadIdx.x % 32, place = rank * kSpreadWarps + static_cast<int>(threadIdx.x) / 32;
+  const int64_t row = blockIdx.x / blocks;
+  const int32_t begin = (place * 32 * kFours + lane) * 4;
+  const float* const from = logits + row * vocab;
+  const Sampling how = arguments->sampling;
+  const int64_t kept = arguments->kept;
+
+  float z[kFours][4] = {};
+  const auto id_of = [&](int j, int e) { return begin + j * 128 + e; };
+  if (vocab % 4 == 0) {  // rows are aligned to fours
+    float4 x[kFours] = {}, c[kFours] = {};
+#pragma unroll
+    for (int j = 0; j < kFours; ++j) {
+      if (id_of(j, 0) >= vocab) continue;
+      x[j] = load4(from + id_of(j, 0));
+      if (speech.bias) c[j] = load4(speech.bias + id_of(j, 0));
+    }
+#pragma unroll
+    for (int j = 0; j < kFours; ++j) {
+      z[j][0] = x[j].x + c[j].x, z[j][1] = x[j].y + c[j].y, z[j][2] = x[j].z + c[j].z, z[j][3] = x[j].w + c[j].w;
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kFours; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int32_t id = id_of(j, e);
+        if (id < vocab) z[j][e] = from[id] + (speech.bias ? speech.bias[id] : 0.0f);
+      }
+    }
+  }
+
+  // Every warp of the cluster gets to know what every other has found.
+  const auto tell = [&](uint64_t (SpreadRoom::*what)[kMostPlaces], uint64_t x) {
+    if (lane < blocks) (cluster.map_shared_rank(&room, lane)->*what)[place] = x;
+    __syncwarp();
+    cluster.sync();
+  };
+  const int both = 2 * lane, said = blocks * kSpreadWarps;  // places both and both + 1; said is even
+
+  uint64_t best = 0;
+#pragma unroll
+  for (int j = 0; j < kFours; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int32_t id = id_of(j, e);
+      if (id < vocab) best = max(best, uint64_t{key_of(z[j][e])} << 32 | ~static_cast<uint32_t>(id));
+    }
+  }
+  const auto warp_best = [&] {
+    for (int offset = 16; offset > 0; offset /= 2) best = max(best, __shfl_xor_sync(kWholeWarp, best, offset));
+  };
+  warp_best();
+  cluster.barrier_wait();
+  tell(&SpreadRoom::best, best);
+  if (both < said) best = max(best, max(room.best[both], room.best[both + 1]));
+  warp_best();
+
+  const uint32_t best_key = static_cast<uint32_t>(best >> 32);
+  bool found = false;
+  if (how.greedy || logit_of(best_key) == -INFINITY) {
+    found = rank == 0 && threadIdx.x == 0;
+    // Where nothing is possible: what the definition answers, whose sums are NaN.
+    if (found) room.id = how.greedy ? static_cast<int32_t>(~static_cast<uint32_t>(best)) : vocab - 1;
+  } else {
+    const Mass mass = mass_of(how, best_key, vocab);
+    const auto mass_at = [&](int j, int e) { return id_of(j, e) < vocab ? mass(key_of(z[j][e])) : 0; };
+    uint64_t sums[kFours], own = 0;
+#pragma unroll
+    for (int j = 0; j < kFours; ++j) {
+      sums[j] = 0;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sums[j] += mass_at(j, e);
+      own += sums[j];
+    }
+    own = warp_sum(own);
+    tell(&SpreadRoom::sum, own);
+    const uint64_t even = both < said ? room.sum[both] : 0, odd = both < said ? room.sum[both + 1] : 0;
+    const uint64_t reached = warp_scan(even + odd), all = __shfl_sync(kWholeWarp, reached, 31);
+    uint64_t passed = __shfl_sync(kWholeWarp, reached - even - odd, place / 2);
+    const uint64_t neighbour = __shfl_sync(kWholeWarp, even, place / 2);
+    if (place % 2) passed += neighbour;
+    bool cut;
+    const uint64_t target = multiply_shift(uniform_of(how, first_row + row), all, 53, &cut);
+    if (passed <= target && target < passed + own) {  // one warp of the cluster
+#pragma unroll
+      for (int j = 0; j < kFours; ++j) {
+        const uint64_t here = warp_scan(sums[j]);
+        uint64_t before = passed + here - sums[j];
+        if (before <= target && target < before + sums[j]) {  // one lane
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const uint64_t after = before + mass_at(j, e);
+            if (before <= target && target < after) room.id = id_of(j, e), found = true;
+            before = after;
+          }
+        }
+        passed += __shfl_sync(kWholeWarp, here, 31);
+      }
+    }
+  }
+  if (!__syncthreads_or(found)) return;
+  const int32_t drawn = room.id;
+  if (threadIdx.x == 0) ids[row] = drawn;
+  speech.say(drawn, first_row + row, kept);
+#endif
 }
 
 }  // namespace
 
-// logits: [rows, V]; ids: [rows]; row i draws as row first_row + i of the definition.
-void CudaModel::draw(const float* logits, int64_t rows, const Draw* arguments, int64_t first_row, int32_t* ids) {
-  draw_tokens_kernel<<<static_cast<unsigned>(rows), kThreads, 0, stream_.get()>>>(logits, spec_.vocab, arguments,
-                                                                                  first_row, ids);
+// Not only the device but the code that was loaded for it has to have clusters.
+bool CudaModel::draw_spreads() {
+  if (clusters_ < 0) {
+    cudaFuncAttributes code{};
+    NG_CUDA(cudaFuncGetAttributes(&code, draw_spread_kernel<float>));
+    clusters_ = code.ptxVersion >= 90 && code.binaryVersion >= 90;
+  }
+  return clusters_ && draws_from_all_ && spec_.vocab <= kMostBlocks * kSpreadIds;
+}
+
+// logits: [rows, V]; ids: [rows]; row i draws as row first_row + i of the definition, by draw_. speak: the ids are kept
+// in drawn_ and become the brain's input; logits that draw_spreads() lack the bias.
+void CudaModel::draw(const float* logits, int64_t rows, int64_t first_row, int32_t* ids, bool speak) {
+  const Draw* const arguments = draw_;
+  with_real(spec_.bf16, [&](auto real) {
+    using Real = decltype(real);
+    Speech<Real> speech{};
+    if (speak) {
+      speech = {draw_spreads() ? decoder_bias_ : nullptr,
+                embedding_,
+                spec_.dim,
+                panel_values(),
+                call_streams_,
+                drawn_,
+                static_cast<Real*>(x_)};
+    }
+    if (!draw_spreads()) {
+      draw_tokens_kernel<Real><<<static_cast<unsigned>(rows), kThreads, 0, stream_.get()>>>(
+          logits, spec_.vocab, arguments, first_row, ids, speech);
+      return;
+    }
+    int blocks = 1;
+    while (blocks * kSpreadIds < spec_.vocab) blocks *= 2;
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+    cudaLaunchConfig_t launch{};
+    launch.gridDim = dim3(static_cast<unsigned>(rows * blocks));
+    launch.blockDim = dim3(kSpreadThreads);
+    launch.stream = stream_.get();
+    launch.attrs = &cluster;
+    launch.numAttrs = 1;
+    NG_CUDA(
+        cudaLaunchKernelEx(&launch, draw_spread_kernel<Real>, logits, spec_.vocab, arguments, first_row, ids, speech));
+  });
   launched();
 }
 

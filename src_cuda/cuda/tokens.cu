@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "gather.cuh"
 #include "model.h"
 #include "numbers.cuh"
 
@@ -65,10 +66,7 @@ __global__ void sum_weights_kernel(const float* weights, int64_t rows, bool magn
 template <class Real>
 __global__ void gather_rows_kernel(const float* table, const int32_t* ids, int64_t dim, int64_t stride, Real* out) {
   const int64_t row = blockIdx.x;
-  const float* from = table + (ids ? ids[row] : row) * dim;
-  for (int64_t j = 4 * threadIdx.x; j < dim; j += 4 * blockDim.x) {
-    store4(out + j / kBlock * stride + row * kBlock + j % kBlock, load4(from + j));
-  }
+  gather_row<2>(table + (ids ? ids[row] : row) * dim, dim, row, stride, threadIdx.x, blockDim.x, out);
 }
 
 // Per region: [mean rate, mean squared distance of a neuron's rate to its target].
@@ -127,16 +125,24 @@ __global__ void summarize_kernel(Summary p) {
          isfinite(v.homeostasis);
 }
 
+// Whether a call without losses, or whose losses do not count, may leave its state. One look at all three.
+__device__ inline bool sound(const Verdict& verdict) {
+  return (verdict.faulty | verdict.bad_id | verdict.state_not_finite) == 0;
+}
+
+__device__ inline void give_verdict(Verdict* verdict, double loss, bool ok) {
+  verdict->loss = loss;
+  verdict->ok = ok;
+  verdict->heard += ok;
+}
+
 // The verdict of a call without targets, or (with losses) of an evaluation: v.loss = the sum of all rows.
 __global__ void judge_kernel(const float* losses, int64_t rows, Verdict* verdict) {
   __shared__ double room[32];
   double loss = 0;
   for (int64_t row = threadIdx.x; losses && row < rows; row += blockDim.x) loss += losses[row];
   loss = block_sum(loss, room);
-  if (threadIdx.x > 0) return;
-  verdict->loss = loss;
-  verdict->ok = !verdict->faulty && !verdict->bad_id && !verdict->state_not_finite;
-  verdict->heard += verdict->ok;
+  if (threadIdx.x == 0) give_verdict(verdict, loss, sound(*verdict));
 }
 
 __global__ void set_verdict_kernel(Verdict* verdict, const Faults* faults, bool ok, bool state_not_finite) {
@@ -148,52 +154,103 @@ __global__ void set_verdict_kernel(Verdict* verdict, const Faults* faults, bool 
 
 __global__ void set_draw_kernel(Draw* to, Draw draw) { *to = draw; }
 
-// One block: ids [rows] become draw number `kept` of [.., rows].
-__global__ void keep_drawn_kernel(const int32_t* ids, int64_t rows, Draw* draw, int32_t* drawn) {
-  int32_t* to = drawn + draw->kept * rows;
-  for (int64_t i = threadIdx.x; i < rows; i += blockDim.x) to[i] = ids[i];
-  __syncthreads();
-  if (threadIdx.x > 0) return;
-  ++draw->kept;
-  ++draw->sampling.position;
-}
-
 struct Commit {
   const RegionView* regions;
   const StateView* states;
+  const TileName* tiles;
   const int32_t* age;  // null = no resets
   const float* last_o;
   float* o;
-  int64_t dim;
-  int streams, tokens;
-  const Verdict* verdict;
+  int64_t outputs;  // S * D
+  int streams, tokens, tile_count;
+  int tile_blocks, log_streams;  // blocks of threads along x that have tiles; 2^log_streams streams of a tile each
+  bool judging;
+  Verdict* verdict;
+  Draw* draw;  // of a token of generation, null = none: another one follows
 };
 
-// blockIdx.y: region, the readout after the last.
+// A block of threads takes 32 rows of 32 neurons: 2^log_streams streams of as many tiles as that leaves. A thread has
+// four neurons of a stream, so eight threads share a line of 128 bytes. The blocks along x behind those of the tiles
+// have the readout. What it reads is asked for before the verdict is looked at. Judging: it gives the verdict of a call
+// without losses as well; every thread reads what nobody writes here. After a token of generation it leaves everything
+// as hush_kernel would, so that none is needed before the next.
+constexpr int kCommitRows = 32;
+constexpr int kShiftedAtOnce = 4;
+static_assert(kCommitRows * kBlock / 4 == kThreads);
+
+// Four spikes that are not written yet.
+__device__ inline Four<bf16> silence(bf16) { return {{~0u, ~0u}}; }
+__device__ inline Four<float> silence(float) {
+  const float none = __uint_as_float(~0u);
+  return {{none, none, none, none}};
+}
+
+// store4() that the compiler neither takes apart nor moves.
+__device__ inline void store_whole(float* to, float4 x) {
+  asm volatile("st.global.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w) : "memory");
+}
+
 template <class Real>
-__global__ void commit_kernel(Commit p, int region_count) {
-  if (!p.verdict->ok) return;
-  const int64_t step = int64_t{gridDim.x} * blockDim.x, begin = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (blockIdx.y == region_count) {
-    for (int64_t i = begin; i < p.streams * p.dim; i += step) p.o[i] = p.last_o[i];
+__global__ void __launch_bounds__(kThreads) commit_kernel(Commit p) {
+  const bool ok = p.judging ? sound(*p.verdict) : p.verdict->ok != 0;
+  if (blockIdx.x >= p.tile_blocks) {
+    const int64_t block = int64_t{blockIdx.x - p.tile_blocks} * gridDim.y + blockIdx.y;
+    const int64_t i = 4 * (block * kThreads + threadIdx.x);
+    if (ok && i < p.outputs) store4(p.o + i, load4(p.last_o + i));
+    if (i > 0) return;
+    if (p.judging) give_verdict(p.verdict, 0.0, ok);
+    if (p.draw) ++p.draw->kept, ++p.draw->sampling.position;
     return;
   }
-  const RegionView region = p.regions[blockIdx.y];
-  const StateView state = p.states[blockIdx.y];
-  const int64_t cells = int64_t{p.streams} * region.n;
-  for (int64_t i = begin; i < cells; i += step) {
-    const int64_t stream = i / region.n, neuron = i % region.n;
-    const Real* s = static_cast<const Real*>(region.s) + neuron / kBlock * region.stride + neuron % kBlock;
-    state.v[i] = state.next_v[i];
-    state.w[i] = state.next_w[i];
-    const int age = p.age ? p.age[int64_t{p.tokens - 1} * p.streams + stream] : INT_MAX;
-    // From the oldest spike down: what moves up is read before it is overwritten.
-    for (int k = region.history - 1; k >= 0; --k) {
-      float spike = k < p.tokens ? to_float(s[(int64_t{p.tokens - 1 - k} * p.streams + stream) * kBlock])
-                                 : state.spikes[(k - p.tokens) * cells + i];
-      state.spikes[k * cells + i] = age < k ? 0.0f : spike;
+  const int row = threadIdx.x / 8, quarter = threadIdx.x % 8 * 4;
+  const int stream = (blockIdx.y << p.log_streams) + (row & ((1 << p.log_streams) - 1));
+  const int tile = blockIdx.x * (kCommitRows >> p.log_streams) + (row >> p.log_streams);
+  if (stream >= p.streams || tile >= p.tile_count) return;
+  const TileName name = p.tiles[tile];
+  const RegionView region = p.regions[name.region];
+  const StateView state = p.states[name.region];
+  const int64_t cell = int64_t{stream} * region.n + name.offset + quarter, step = int64_t{p.streams} * region.n;
+  const float4 v = load4(state.next_v + cell), w = load4(state.next_w + cell);
+  const int age = p.age ? p.age[int64_t{p.tokens - 1} * p.streams + stream] : INT_MAX;
+  const int64_t panel = name.offset / kBlock,
+                newest = panel * region.stride + (int64_t{p.tokens - 1} * p.streams + stream) * kBlock + quarter;
+  Real* const s = in_global<Real>(region.s) + newest;
+  const auto hush = [&] {
+    put4(s, silence(Real{}));
+    if (region.emitted != region.s) put4(in_global<Real>(region.emitted) + newest, silence(Real{}));
+    if (stream == 0) *reinterpret_cast<int4*>(region.spike_count + name.offset + quarter) = {0, 0, 0, 0};
+  };
+  if (!ok) {  // what is spoken from here on counts no more, but nobody may take these spikes for it
+    if (p.draw) hush();
+    return;
+  }
+  float* const spikes = in_global<float>(state.spikes) + cell;
+  Real* const recent = in_global<Real>(state.recent) + (panel * region.history * p.streams + stream) * kBlock + quarter;
+  // From the oldest spike down, some at once: what moves up is read before it is overwritten.
+  for (int oldest = region.history - 1; oldest >= 0; oldest -= kShiftedAtOnce) {
+    float4 old[kShiftedAtOnce];
+    Four<Real> spoken[kShiftedAtOnce];
+#pragma unroll
+    for (int j = 0; j < kShiftedAtOnce; ++j) {  // both, of which one counts: without branches they come together
+      const int k = max(oldest - j, 0);
+      old[j] = load4(spikes + max(k - p.tokens, 0) * step);
+      spoken[j] = fetch4(s - int64_t{min(k, p.tokens - 1)} * p.streams * kBlock);
+    }
+#pragma unroll
+    for (int j = 0; j < kShiftedAtOnce; ++j) {
+      const int k = oldest - j;
+      const float4 fresh = unpack(spoken[j]);
+      const auto choose = [&](float one, float other) { return age < k ? 0.0f : k < p.tokens ? one : other; };
+      const float4 moved = {choose(fresh.x, old[j].x), choose(fresh.y, old[j].y), choose(fresh.z, old[j].z),
+                            choose(fresh.w, old[j].w)};
+      if (k < 0) continue;
+      store_whole(spikes + k * step, moved);
+      if (p.draw) put4(recent + int64_t{k} * p.streams * kBlock, pack<Real>(moved));
     }
   }
+  store4(state.v + cell, v);
+  store4(state.w + cell, w);
+  if (p.draw) hush();
 }
 
 }  // namespace
@@ -292,20 +349,29 @@ void CudaModel::judge(bool with_losses) {
   launched();
 }
 
-void CudaModel::commit() {
+void CudaModel::commit(bool judging, bool drawn) {
+  int log_streams = 0;  // as many streams to a block of threads as there are, in powers of two
+  while (1 << log_streams < std::min(call_streams_, kCommitRows)) ++log_streams;
+  const int tiles_each = kCommitRows >> log_streams, tile_blocks = (tiles_ + tiles_each - 1) / tiles_each;
+  const unsigned pieces = (call_streams_ - 1) / (1 << log_streams) + 1;
+  const int64_t outputs = int64_t{call_streams_} * spec_.dim, of_blocks = int64_t{4} * kThreads * pieces;
   const Commit job{region_views_,
                    active_->views(),
+                   tile_names_,
                    has_resets_ ? age_ : nullptr,
                    o_ + (rows_ - call_streams_) * spec_.dim,
                    active_->o(),
-                   spec_.dim,
+                   outputs,
                    call_streams_,
                    call_tokens_,
-                   verdict_};
-  const int regions = static_cast<int>(regions_.size());
-  const dim3 grid(64, regions + 1);
-  with_real(spec_.bf16,
-            [&](auto real) { commit_kernel<decltype(real)><<<grid, kThreads, 0, stream_.get()>>>(job, regions); });
+                   tiles_,
+                   tile_blocks,
+                   log_streams,
+                   judging,
+                   verdict_,
+                   drawn ? draw_ : nullptr};
+  const dim3 grid(tile_blocks + static_cast<unsigned>((outputs + of_blocks - 1) / of_blocks), pieces);
+  with_real(spec_.bf16, [&](auto real) { commit_kernel<decltype(real)><<<grid, kThreads, 0, stream_.get()>>>(job); });
   launched();
 }
 
@@ -333,12 +399,8 @@ const Verdict& CudaModel::finish(size_t extra_bytes) {
 }
 
 void CudaModel::set_draw(const Sampling& sampling) {
+  draws_from_all_ = sampling.greedy || ((sampling.top_k <= 0 || sampling.top_k >= spec_.vocab) && sampling.top_p >= 1);
   set_draw_kernel<<<1, 1, 0, stream_.get()>>>(draw_, Draw{sampling, 0});  // by value: nothing to keep until it is read
-  launched();
-}
-
-void CudaModel::keep_drawn() {
-  keep_drawn_kernel<<<1, 256, 0, stream_.get()>>>(ids_, rows_, draw_, drawn_);
   launched();
 }
 

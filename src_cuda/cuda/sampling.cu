@@ -275,13 +275,14 @@ __global__ void __launch_bounds__(kThreads)
   speech.say(drawn, first_row + blockIdx.x, arguments->kept);
 }
 
-constexpr int kSpreadThreads = 256;
+constexpr int kSpreadThreads = 512;
 constexpr int kSpreadWarps = kSpreadThreads / 32;
-constexpr int kFours = 4;                                // of logits a thread keeps, 128 ids from one to the next
+constexpr int kFours = 2;                                // of logits a thread keeps, 128 ids from one to the next
 constexpr int kSpreadIds = kSpreadThreads * 4 * kFours;  // of a block
 constexpr int kMostBlocks = 8;                           // of a cluster
-constexpr int kMostPlaces = kMostBlocks * kSpreadWarps;
-static_assert(kMostPlaces <= 64, "a lane looks at what two warps say");
+constexpr int kMostPlaces = kMostBlocks * kSpreadWarps;  // of warps in a cluster
+constexpr int kHeard = kMostPlaces / 32;                 // places whose word a lane looks at
+static_assert(kSpreadWarps % kHeard == 0, "a lane's places are all in the cluster, or none");
 
 // Shared memory of a block: what every warp of the cluster has to say, warp by warp in the order of ids.
 struct SpreadRoom {
@@ -291,14 +292,14 @@ struct SpreadRoom {
 
 // One cluster a row; neither top_k nor top_p. A warp has 128 * kFours neighbouring ids.
 template <class Real>
-__global__ void __launch_bounds__(kSpreadThreads)
+__global__ void __launch_bounds__(kSpreadThreads, 2)
     draw_spread_kernel(const float* __restrict__ logits, int32_t vocab, const Draw* arguments, int64_t first_row,
                        int32_t* ids, Speech<Real> speech) {
 #if __CUDA_ARCH__ >= 900
   __shared__ SpreadRoom room;
   const auto cluster = cooperative_groups::this_cluster();
   const int blocks = static_cast<int>(cluster.num_blocks()), rank = static_cast<int>(cluster.block_rank());
-  cluster.barrier_arrive();  // what other blocks are told has to wait until they run
+  __cluster_barrier_arrive_relaxed();  // what other blocks are told has to wait until they run
   const int lane = threadIdx.x % 32, place = rank * kSpreadWarps + static_cast<int>(threadIdx.x) / 32;
   const int64_t row = blockIdx.x / blocks;
   const int32_t begin = (place * 32 * kFours + lane) * 4;
@@ -337,7 +338,8 @@ __global__ void __launch_bounds__(kSpreadThreads)
     __syncwarp();
     cluster.sync();
   };
-  const int both = 2 * lane, said = blocks * kSpreadWarps;  // places both and both + 1; said is even
+  const int heard = lane * kHeard;  // the first of a lane's places
+  const bool hears = heard < blocks * kSpreadWarps;
 
   uint64_t best = 0;
 #pragma unroll
@@ -352,9 +354,10 @@ __global__ void __launch_bounds__(kSpreadThreads)
     for (int offset = 16; offset > 0; offset /= 2) best = max(best, __shfl_xor_sync(kWholeWarp, best, offset));
   };
   warp_best();
-  cluster.barrier_wait();
+  __cluster_barrier_wait();
   tell(&SpreadRoom::best, best);
-  if (both < said) best = max(best, max(room.best[both], room.best[both + 1]));
+#pragma unroll
+  for (int i = 0; i < kHeard; ++i) best = max(best, hears ? room.best[heard + i] : 0);
   warp_best();
 
   const uint32_t best_key = static_cast<uint32_t>(best >> 32);
@@ -376,11 +379,16 @@ __global__ void __launch_bounds__(kSpreadThreads)
     }
     own = warp_sum(own);
     tell(&SpreadRoom::sum, own);
-    const uint64_t even = both < said ? room.sum[both] : 0, odd = both < said ? room.sum[both + 1] : 0;
-    const uint64_t reached = warp_scan(even + odd), all = __shfl_sync(kWholeWarp, reached, 31);
-    uint64_t passed = __shfl_sync(kWholeWarp, reached - even - odd, place / 2);
-    const uint64_t neighbour = __shfl_sync(kWholeWarp, even, place / 2);
-    if (place % 2) passed += neighbour;
+    uint64_t sum[kHeard], several = 0;
+#pragma unroll
+    for (int i = 0; i < kHeard; ++i) several += sum[i] = hears ? room.sum[heard + i] : 0;
+    const uint64_t reached = warp_scan(several), all = __shfl_sync(kWholeWarp, reached, 31);
+    uint64_t passed = __shfl_sync(kWholeWarp, reached - several, place / kHeard);
+#pragma unroll
+    for (int i = 0; i < kHeard; ++i) {
+      const uint64_t before = __shfl_sync(kWholeWarp, sum[i], place / kHeard);
+      if (i < place % kHeard) passed += before;
+    }
     bool cut;
     const uint64_t target = multiply_shift(uniform_of(how, first_row + row), all, 53, &cut);
     if (passed <= target && target < passed + own) {  // one warp of the cluster

@@ -228,12 +228,12 @@ __global__ void __launch_bounds__(kThreads) commit_kernel(Commit p) {
   Real* const recent = in_global<Real>(state.recent) + (panel * region.history * p.streams + stream) * kBlock + quarter;
   // From the oldest spike down, some at once: what moves up is read before it is overwritten.
   for (int oldest = region.history - 1; oldest >= 0; oldest -= kShiftedAtOnce) {
-    float4 old[kShiftedAtOnce];
+    float4 old[kShiftedAtOnce] = {};
     Four<Real> spoken[kShiftedAtOnce];
 #pragma unroll
-    for (int j = 0; j < kShiftedAtOnce; ++j) {  // both, of which one counts: without branches they come together
+    for (int j = 0; j < kShiftedAtOnce; ++j) {  // both, unpacked later: what may be too much does not hold up the rest
       const int k = max(oldest - j, 0);
-      old[j] = load4(spikes + max(k - p.tokens, 0) * step);
+      if (k >= p.tokens) old[j] = load4(spikes + (k - p.tokens) * step);
       spoken[j] = fetch4(s - int64_t{min(k, p.tokens - 1)} * p.streams * kBlock);
     }
 #pragma unroll

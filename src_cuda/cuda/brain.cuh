@@ -97,11 +97,13 @@ struct LocalState {
   int turn, unused[3];  // tokens that are done, see pass_on(); the rest of 16 bytes
 };
 
-// Of v = 1 + u; min(v, 1) = 1 for u > 0, a binary spike. As a product, which the compiler leaves without branches.
+// Of v = 1 + u; min(v, 1) = 1 for u > 0, a binary spike. A selection, where the compiler would make branches.
 __device__ inline float emit(float v, float max_spike) {
-  float above;  // 1 or 0
-  asm("set.gt.f32.f32 %0, %1, 0f3F800000;" : "=f"(above) : "f"(v));
-  return fminf(v, max_spike) * above;
+  float out;
+  asm("{.reg .pred above; setp.gt.f32 above, %1, 0f3F800000; selp.f32 %0, %2, 0f00000000, above;}"
+      : "=f"(out)
+      : "f"(v), "f"(fminf(v, max_spike)));
+  return out;
 }
 
 __device__ inline float past_of(float v, float w, float s, float alpha) {
@@ -234,7 +236,7 @@ __device__ void prefetch_weights(const BrainCall& call, const BrainTables<Real>&
 template <class Real, int Steps, int Columns, bool Plain>
 __device__ void run_tile(const BrainCall& call, const BrainTables<Real>& tables, const BrainTile& tile, int token,
                          int stream0, int left, LocalState<Steps * Columns>& local) {
-  constexpr int kAhead = Steps == 1 ? 5 : 3;  // terms whose spikes are asked for before the first is used
+  constexpr int kAhead = Steps == 1 ? 6 : 3;  // terms whose spikes are asked for before the first is used
   const int lane = threadIdx.x % 32;
   const int row0 = token * call.streams + stream0, first = (row0 + lane_row()) * kBlock + lane_receiver();
   const bool last = token == call.tokens - 1, gated = tile.gated;
@@ -262,6 +264,10 @@ __device__ void run_tile(const BrainCall& call, const BrainTables<Real>& tables,
   const auto give = [&](int i, int c) {
     return float4{sums[i].x[0][c], sums[i].x[1][c], sums[i].x[2][c], sums[i].x[3][c]};
   };
+  const auto take_bias = [&] {
+    const float4 bias = load4(tile.bias + lane_receiver());
+    for_rows([&](int i, int c, int) { take(i, c, bias); });
+  };
 #pragma unroll
   for (int i = 0; i < Steps; ++i) zero(sums[i]);
   if (call.embedded) {
@@ -269,6 +275,8 @@ __device__ void run_tile(const BrainCall& call, const BrainTables<Real>& tables,
       take(i, c, load4(in_global<Real>(gated ? g : d) + offset));
       if (gated) kept[i][c] = fetch4(d + offset);
     });
+  } else if (!gated) {
+    take_bias();
   }
   int age[Steps] = {};
   if (!Plain && call.resets) {
@@ -303,11 +311,13 @@ __device__ void run_tile(const BrainCall& call, const BrainTables<Real>& tables,
       kept[i][c] = gate;
       if (own[i][c]) put4(g + offset, gate);
     });
+    if (!call.embedded) take_bias();
   };
   const auto close_drives = [&] {
     for_rows([&](int i, int c, int offset) {
       const float4 x = give(i, c), gate = unpack<Real>(kept[i][c]);
-      if (own[i][c]) put4(d + offset, pack<Real>(x));
+      const Four<Real> drive = pack<Real>(x);
+      if (own[i][c]) put4(d + offset, drive);
       take(i, c, {x.x * gate.x, x.y * gate.y, x.z * gate.z, x.w * gate.w});
     });
   };
@@ -320,7 +330,7 @@ __device__ void run_tile(const BrainCall& call, const BrainTables<Real>& tables,
   for (int i = 0; i < Steps; ++i) mine[i] = i * kRows + lane / 4 < left;
   int kind = gated ? 0 : 1, at = tile.terms[kind], used = at;
   const int end = tile.terms[3];
-  const auto ask = [&] {
+  do {
     const int count = min(kAhead, end - at);
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) {
@@ -347,71 +357,29 @@ __device__ void run_tile(const BrainCall& call, const BrainTables<Real>& tables,
         if (j < count) sources[j][i].ask(in_global<const Real>(const_cast<Real*>(from[j])) + i * kStepValues, mine[i]);
       }
     }
-  };
-  ask();
-  // What the embedding gives, where its blocks are among the terms: nobody waits for that, so gates that hear nothing
-  // else are closed while spikes are on their way.
-  Sources<Real> heard[2][Steps];
-  const auto load = [&](Sources<Real>(&to)[Steps], int term) {
-    const Real* x = static_cast<const Real*>(tables.terms[term].source) + row0 * kBlock;
+    settle(sources, from, count, Steps > 1);
+    for (;;) {
+      const int stop = min(tile.terms[kind + 1], at + count);
 #pragma unroll
-    for (int i = 0; i < Steps; ++i) to[i].load(x + i * kStepValues, left - i * kRows);
-  };
-  const auto hear = [&](Sources<Real>(&x)[Steps], int term, int stop) {
-#pragma unroll 1
-    while (term < stop) {
-      multiply_term(sums, tables.terms[term].where, tables, call.weights, x);
-      if (++term < stop) load(x, term);
-    }
-  };
-  const int gates_heard = tile.heard_terms[0], drives_heard = tile.heard_terms[1], others = tile.terms[0];
-  const auto begin_drives = [&] {
-    const float4 bias = load4(tile.bias + lane_receiver());
-    for_rows([&](int i, int c, int) { take(i, c, bias); });
-    hear(heard[1], drives_heard, others);
-  };
-  if (!call.embedded) {
-    if (gates_heard < drives_heard) load(heard[0], gates_heard);
-    if (drives_heard < others) load(heard[1], drives_heard);
-    hear(heard[0], gates_heard, drives_heard);
-    if (!gated) begin_drives();
-  }
-  int stop_of_batch = min(at + kAhead, end);
-  bool waiting = true;
-#pragma unroll 1
-  for (;;) {
-    if (used == tile.terms[kind + 1]) {
-      if (kind == 2) break;
-      if (gated) {
-        if (kind == 1) close_drives();
-        if (kind == 0) {
-          close_gates();
-          if (!call.embedded) begin_drives();
+      for (int j = 0; j < kAhead; ++j) {
+        if (at + j < used || at + j >= stop) continue;
+        const NearTerm term = tables.terms[at + j];
+#pragma unroll
+        for (int i = 0; i < Steps; ++i) {
+          if (!Plain && call.resets && term.delay) sources[j][i].mask(age[i] >= term.delay);
         }
+        multiply_term(sums, term.where, tables, call.weights, sources[j]);
+      }
+      used = stop;
+      if (stop < tile.terms[kind + 1] || kind == 2) break;
+      if (gated) {
+        if (kind == 0) close_gates();
+        if (kind == 1) close_drives();
       }
       ++kind;
-      continue;
     }
-    if (used == stop_of_batch) {
-      at = used, stop_of_batch = min(at + kAhead, end);
-      ask();
-      waiting = true;
-    }
-    if (waiting) settle(sources, from, stop_of_batch - at, Steps > 1);
-    waiting = false;
-    const int stop = min(tile.terms[kind + 1], stop_of_batch);
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      if (at + j < used || at + j >= stop) continue;
-      const NearTerm term = tables.terms[at + j];
-#pragma unroll
-      for (int i = 0; i < Steps; ++i) {
-        if (!Plain && call.resets && term.delay) sources[j][i].mask(age[i] >= term.delay);
-      }
-      multiply_term(sums, term.where, tables, call.weights, sources[j]);
-    }
-    used = stop;
-  }
+    at += count;
+  } while (at < end);
 
   float alpha[4], gain[4], rho[4], a[4], b[4];
   const float* constants = tile.constants + lane_receiver();

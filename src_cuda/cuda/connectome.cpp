@@ -277,9 +277,13 @@ void CudaModel::build_lists() {
   clear(x_, spec_.dim);
   clear(readout_error_, spec_.dim);
   divide_brain();
-  const std::vector<std::vector<Term>> none(tiles_);
-  plan_launch(outside_, names, brain, {none, none});
-  if (inside_.usable) plan_launch(inside_, names, brain, {gate.of, drive.of});
+  plan_launch(outside_, names, brain);
+  if (!inside_.usable) return;
+  for (int tile = 0; tile < tiles_; ++tile) {  // the embedding's first: nobody waits for it
+    brain[tile][0].insert(brain[tile][0].begin(), gate.of[tile].begin(), gate.of[tile].end());
+    brain[tile][1].insert(brain[tile][1].begin(), drive.of[tile].begin(), drive.of[tile].end());
+  }
+  plan_launch(inside_, names, brain);
 }
 
 BrainTile CudaModel::brain_tile(const TileName& name) const {
@@ -302,7 +306,6 @@ BrainTile CudaModel::brain_tile(const TileName& name) const {
           region.gated,
           {},
           0,
-          {},
           0};
 }
 
@@ -320,14 +323,10 @@ void CudaModel::divide_brain() {
 // Tiles go to blocks of threads, the costliest first to the least loaded. The weights of a block's tiles stay in its
 // shared memory until that is full.
 void CudaModel::plan_launch(BrainPlan& plan, const std::vector<TileName>& names,
-                            const std::vector<std::array<std::vector<Term>, 3>>& brain,
-                            const std::array<std::vector<std::vector<Term>>, 2>& embedding) {
+                            const std::vector<std::array<std::vector<Term>, 3>>& brain) {
   std::vector<int> order(tiles_);
   std::iota(order.begin(), order.end(), 0);
-  const auto terms_of = [&](int tile) {
-    return embedding[0][tile].size() + embedding[1][tile].size() + brain[tile][0].size() + brain[tile][1].size() +
-           brain[tile][2].size();
-  };
+  const auto terms_of = [&](int tile) { return brain[tile][0].size() + brain[tile][1].size() + brain[tile][2].size(); };
   std::stable_sort(order.begin(), order.end(), [&](int x, int y) { return terms_of(x) > terms_of(y); });
   using Load = std::pair<int64_t, int>;
   std::priority_queue<Load, std::vector<Load>, std::greater<Load>> loads;
@@ -376,9 +375,10 @@ void CudaModel::plan_launch(BrainPlan& plan, const std::vector<TileName>& names,
     int slot = 0;
     for (int tile : mine) {
       BrainTile entry = brain_tile(names[tile]);
-      const auto add = [&](const std::vector<Term>& some) {
-        const int32_t begin = static_cast<int32_t>(terms.size()) - share.term_begin;
-        for (Term term : some) {
+      for (int kind = 0; kind < 3; ++kind) {
+        entry.terms[kind] = static_cast<int32_t>(terms.size()) - share.term_begin;
+        for (Term term : brain[tile][kind]) {
+          if (term.region == kFromEmbedding) entry.heard[kind] = term.source;
           entry.reach = std::max(entry.reach, term.delay);
           if (slot < slots) {
             term.slot = slot++;
@@ -386,14 +386,7 @@ void CudaModel::plan_launch(BrainPlan& plan, const std::vector<TileName>& names,
           }
           terms.push_back(term);
         }
-        return begin;
-      };
-      for (int kind = 0; kind < 2; ++kind) {
-        const std::vector<Term>& some = embedding[kind][tile];
-        entry.heard_terms[kind] = add(some);
-        if (!some.empty()) entry.heard[kind] = some.front().source;
       }
-      for (int kind = 0; kind < 3; ++kind) entry.terms[kind] = add(brain[tile][kind]);
       entry.terms[3] = static_cast<int32_t>(terms.size()) - share.term_begin;
       tiles.push_back(entry);
     }

@@ -115,9 +115,7 @@ struct BrainTile {
   const void* heard[2];           // row 0 of panels of the embedding that it hears by terms of its own, null = none
   int32_t region, offset, rank, gated;
   int32_t terms[4];
-  int32_t reach;           // the longest delay of its terms
-  int32_t heard_terms[2];  // the embedding's gates and drives, where they are among the terms: [0], [1], terms[0]
-  int32_t reserved;
+  int32_t reach, reserved;  // the longest delay of its terms
 };
 
 // What one block of threads of the brain launch owns.
@@ -256,8 +254,7 @@ class CudaModel final : public Model {
   BrainTile brain_tile(const TileName& name) const;
   void divide_brain();
   void plan_launch(BrainPlan& plan, const std::vector<TileName>& names,
-                   const std::vector<std::array<std::vector<Term>, 3>>& brain,
-                   const std::array<std::vector<std::vector<Term>>, 2>& embedding);
+                   const std::vector<std::array<std::vector<Term>, 3>>& brain);
   template <class T>
   void upload(T* to, const std::vector<T>& from) {
     if (!from.empty()) NG_CUDA(cudaMemcpy(to, from.data(), from.size() * sizeof(T), cudaMemcpyHostToDevice));

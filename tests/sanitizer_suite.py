@@ -3,9 +3,10 @@
     compute-sanitizer --tool memcheck --error-exitcode 9 python tests/sanitizer_suite.py [--quick]
 
 Reduced to: three regions with gates, delays, dropout and sparse blocks, odd V; 3 streams x 5 tokens (tied and not,
-graded and binary spikes) and 33 x 2 in groups of 16; both precisions; training, gradients accumulated, the
-token-by-token loop, evaluation, generation by every kind of sampling, arrays in device memory, read and written, with
-and without a wrong id (where CuPy is installed), a checkpoint saved and loaded.
+graded and binary spikes) and 33 x 2 in groups of 16; both precisions; 33 x 2 of a dense connectome with a vocabulary of
+5,003 in bf16, which has kernels of its own. Training, gradients accumulated, the token-by-token loop, evaluation,
+generation by every kind of sampling, arrays in device memory, read and written, with and without a wrong id (where CuPy
+is installed), a checkpoint saved and loaded.
 
 --quick, for racecheck: it keeps every access to shared memory since the last barrier, and the brain launch has one
 barrier in all. Two models of 2 streams x 3 tokens, one training step each, an evaluation, two tokens drawn.
@@ -23,6 +24,15 @@ from test_determinism import CONFIG, V, batch
 
 import neurogen_cy as ng
 
+DENSE = ng.Config(
+    5003, 256, (ng.Region("low", 128, 0), ng.Region("high", 128, 1)),
+    (
+        ng.Projection("embedding", "low"), ng.Projection("embedding", "high", kind="gate"),
+        ng.Projection("low", "high"), ng.Projection("low", "high", kind="gate"),
+        ng.Projection("low", "low", delay=1), ng.Projection("high", "low", delay=2),
+        ng.Projection("low", "broca_out"), ng.Projection("high", "broca_out"),
+    ), max_spike=4.0, dropout=0.1,
+)  # fmt: skip
 BRAINS = {
     "plain": CONFIG,
     "tied": dataclasses.replace(CONFIG, tie_decoder=True, max_spike=4.0),
@@ -51,10 +61,10 @@ def run(model):
     assert 0 < model.evaluate(ids, targets, rng.random((4, 11)) < 0.1) < 100
     for sampling in ({"greedy": True}, {"top_k": 5}, {"top_p": 0.7, "temperature": 1.3}):
         said = list(model.generate([ids[0, :3], ids[1, :7]], 4, seed=3, **sampling))
-        assert len(said) == 4 and all((tokens >= 0).all() and (tokens < V).all() for tokens in said)
+        assert len(said) == 4 and all(0 <= tokens.min() <= tokens.max() < model.config.vocab_size for tokens in said)
     model.brain.reset([0])
     model.brain.step(model.embedding.encode(ids.reshape(-1)[: model.streams].copy()))
-    logits = np.empty((model.streams, V), np.float32)
+    logits = np.empty((model.streams, model.config.vocab_size), np.float32)
     model.decoder.logits_into(model.brain.broca_output(), logits)
     assert np.isfinite(logits).all()
     model.load_state(model.state())
@@ -71,16 +81,17 @@ def from_device_memory(model, tokens):
     result = model.train_step_batch(ids.astype(cupy.int64), targets, weights, resets, predictions_out=said)
     assert np.isfinite(result.loss)
     x, broca = (cupy.empty((model.streams, model.config.dim), cupy.float32) for _ in range(2))
-    logits, word = cupy.empty((model.streams, V), cupy.float32), ids[:, 0].copy()
+    vocab, word = model.config.vocab_size, ids[:, 0].copy()
+    logits = cupy.empty((model.streams, vocab), cupy.float32)
     for _ in range(2):
         model.embedding.encode_into(word, x)
         model.brain.step(x)
         model.brain.broca_output_into(broca)
         model.decoder.logits_into(broca, logits)
         model.decoder.sample_into(broca, word, top_k=5)
-    assert np.isfinite(logits.get()).all() and 0 <= int(said.min()) <= int(said.max()) < V
+    assert np.isfinite(logits.get()).all() and 0 <= int(said.min()) <= int(said.max()) < vocab
     wrong = targets.copy()
-    wrong[0, 0] = V
+    wrong[0, 0] = vocab
     try:
         model.train_step_batch(ids, wrong)
     except IndexError:
@@ -103,22 +114,28 @@ def quick():
     print("suite finished: quick, plain fp32 and bf16 2 x 3")
 
 
+def whole(name, cfg, precision, streams, tokens):
+    """Every kind of call; what was done, and whether arrays of device memory were among it."""
+    arguments = {"backend": "cuda", "precision": precision}
+    model = ng.NeuroGen(cfg, streams=streams, max_tokens=tokens, **arguments)
+    learn(model, tokens)
+    run(model)
+    arrays = from_device_memory(model, tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(Path(folder, "model"))
+        learn(ng.NeuroGen.load(Path(folder, "model"), **arguments), tokens)
+    return f"{name} {precision} {streams} x {tokens}", arrays
+
+
 def main():
-    done = []
-    for streams, tokens, group, names in ((3, 5, None, tuple(BRAINS)), (33, 2, "16", ("plain",))):
-        if group:
-            os.environ["NEUROGEN_STREAM_GROUP"] = group
-        for precision, name in product(("fp32", "bf16"), names):
-            arguments = {"backend": "cuda", "precision": precision}
-            model = ng.NeuroGen(BRAINS[name], streams=streams, max_tokens=tokens, **arguments)
-            learn(model, tokens)
-            run(model)
-            arrays = from_device_memory(model, tokens)
-            with tempfile.TemporaryDirectory() as folder:
-                model.save(Path(folder, "model"))
-                learn(ng.NeuroGen.load(Path(folder, "model"), **arguments), tokens)
-            done.append(f"{name} {precision} {streams} x {tokens}")
-    print(f"suite finished: {len(done)} models ({'; '.join(done)}), device arrays: {'yes' if arrays else 'no'}")
+    cases = [(name, BRAINS[name], precision, 3, 5) for precision, name in product(("fp32", "bf16"), BRAINS)]
+    done = [whole(*case) for case in cases]
+    os.environ.update(NEUROGEN_STREAM_GROUP="16")
+    done += [whole("plain", BRAINS["plain"], precision, 33, 2) for precision in ("fp32", "bf16")]
+    os.environ.update(NEUROGEN_BRAIN="dense")
+    done.append(whole("dense", DENSE, "bf16", 33, 2))
+    names, arrays = "; ".join(name for name, _ in done), all(arrays for _, arrays in done)
+    print(f"suite finished: {len(done)} models ({names}), device arrays: {'yes' if arrays else 'no'}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 #                                                                                             no stage named: all
 #
 # A stage that fails does not stop the next one; a table of what came of each is printed last, and the exit status tells
-# whether all went well. Records go to benchmarks/results, and copies of them, with the log, to the folder $OUT if set.
+# whether all went well. Records go to benchmarks/results, and to the folder $OUT, if set, in records.tar beside the log.
 #   PYTHON           the interpreter (python3)
 #   NEUROGEN_TEXT    the text that stage `quality` learns, and `ladder` (Python's help topics if unset)
 #   NEUROGEN_COMMIT  the commit, where there is no git
@@ -93,9 +93,7 @@ if wanted quality; then
 fi
 
 if [[ -n ${OUT:-} ]]; then
-  for record in gpu_tests.json train_step.json growth.json kernels.json ladder.json quality_gpu.json sanitizer.txt; do
-    [[ -f $results/$record ]] && cp "$results/$record" "$OUT/"
-  done
+  (cd "$results" && tar -cf "$OUT/records.tar" ./*.json sanitizer.txt)
 fi
 printf '\n'
 printf '%s\n' "${summary[@]}"

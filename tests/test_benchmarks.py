@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import common
@@ -359,5 +360,7 @@ def test_stages(tmp_path):
     )  # fmt: skip
     assert "benchmarks/growth.py --seconds 75\n" in done.stdout
     assert "benchmarks/kernels.py --seconds 60 --parts steps\n" in done.stdout
+    with tarfile.open(tmp_path / "records.tar") as records:
+        assert {"./train_step.json", "./gpu_tests.json", "sanitizer.txt"} <= set(records.getnames())
     refused = subprocess.run([script, "growing"], env=environment, capture_output=True, text=True)
     assert refused.returncode == 2 and "unknown stage growing: expected build" in refused.stderr

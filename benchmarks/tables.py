@@ -199,7 +199,8 @@ def quality_gpu():
     head = ["step", "bytes read", "training", "training nats", "validation nats a byte"]
     return table(head, rows) + (
         f"\n\n{data['text']}, preset `{recipe['preset']}`, {data['weights'] / 1e6:.1f} M weights, {data['precision']}, "
-        f"{recipe['streams']} x {recipe['tokens']}, rate {recipe['lr']:g}, dropout {recipe['dropout']:g}; "
+        f"{recipe['streams']} x {recipe['tokens']}, rate {recipe['lr']:g}, dropout {recipe['dropout']:g}, "
+        f"weight decay {recipe['weight_decay']:g}; "
         f"{data['train_tok_s']:,.0f} tokens/s; {data['gpu']}, commit {data['commit']}."
     )
 

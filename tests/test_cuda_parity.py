@@ -179,7 +179,7 @@ def distance(one, other):
 
 @pytest.mark.parametrize("brain", ["sparse", "dense"])
 def test_bf16(case, brain, monkeypatch):
-    """By both brain launches; the one for dense connectomes takes calls of 32 streams and 4 tokens or more."""
+    """By both brain launches; the one for dense connectomes takes calls of 32 streams or more."""
     monkeypatch.setenv("NEUROGEN_BRAIN", brain)
     model, result, recorded = on_gpu(case, "bf16")
     exact = replayed(case, recorded)

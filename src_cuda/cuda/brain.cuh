@@ -34,6 +34,7 @@ struct BrainCall {
   const int32_t* age;
   Verdict* verdict;
   int streams, tokens, levels, stream_group, region_count, base_grid;
+  int longest_delay;        // of a projection
   int table_bytes;   // of shared memory before the resident blocks
   bool near;         // constants of the share's neurons are among them
   int slots;         // resident blocks of a share at most

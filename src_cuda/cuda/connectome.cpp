@@ -60,9 +60,21 @@ int stream_group_override() {
   return static_cast<int>(value);
 }
 
+// Which brain launch: for tests and measuring. sparse: that of forward.cu. registers: that one, or the one of
+// register_brain.cu where it fits. dense: that of dense_brain.cu for every connectome (bf16, and calls large enough).
+std::string brain_override() {
+  const char* text = std::getenv("NEUROGEN_BRAIN");
+  const std::string name = text ? text : "";
+  if (name != "" && name != "sparse" && name != "registers" && name != "dense") {
+    throw std::invalid_argument("NEUROGEN_BRAIN: expected sparse, registers or dense, got '" + name + "'");
+  }
+  return name;
+}
+
 }  // namespace
 
 void CudaModel::connect() {
+  brain_wanted_ = brain_override();
   const int count = static_cast<int>(spec_.regions.size());
   regions_.assign(count, RegionView{});
   history_.assign(count, 0);
@@ -363,6 +375,11 @@ void CudaModel::plan_launch(BrainPlan& plan, const std::vector<TileName>& names,
   plan.usable = true;
   const int slots = static_cast<int>((shared_limit_ - plan.table_bytes) / block_bytes);
 
+  const bool in_registers = brain_wanted_ != "sparse" && plan.most_tiles <= kRegisterWarps &&
+                            std::all_of(brain.begin(), brain.end(), [](const auto& terms) {
+                              return terms[0].size() <= kRegisterSlots[0] && terms[1].size() <= kRegisterSlots[1] &&
+                                     terms[2].size() <= kRegisterSlots[2];
+                            });
   std::vector<BrainTile> tiles;
   std::vector<Term> terms;
   std::vector<Share> shares;
@@ -372,7 +389,7 @@ void CudaModel::plan_launch(BrainPlan& plan, const std::vector<TileName>& names,
     share.tile_begin = static_cast<int32_t>(tiles.size());
     share.term_begin = static_cast<int32_t>(terms.size());
     share.resident_begin = static_cast<int32_t>(resident.size());
-    int slot = 0;
+    int slot = 0, near = 0;
     for (int tile : mine) {
       BrainTile entry = brain_tile(names[tile]);
       for (int kind = 0; kind < 3; ++kind) {
@@ -388,12 +405,17 @@ void CudaModel::plan_launch(BrainPlan& plan, const std::vector<TileName>& names,
         }
       }
       entry.terms[3] = static_cast<int32_t>(terms.size()) - share.term_begin;
+      entry.near = near;
+      for (int kind = 0; kind < 3; ++kind) {
+        near += std::max(entry.terms[kind + 1] - entry.terms[kind] - kRegisterHeld[kind], 0);
+      }
       tiles.push_back(entry);
     }
     share.tiles = static_cast<int32_t>(mine.size());
     share.terms = static_cast<int32_t>(terms.size()) - share.term_begin;
     share.residents = slot;
     plan.most_slots = std::max(plan.most_slots, slot);
+    if (in_registers) plan.most_near = std::max(plan.most_near, near);
     plan.most_terms = std::max<int64_t>(plan.most_terms, share.terms);
     shares.push_back(share);
   }

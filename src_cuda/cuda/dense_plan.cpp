@@ -2,7 +2,6 @@
 // and the order in which blocks of weights get room in shared memory.
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <map>
 #include <numeric>
 
@@ -14,21 +13,11 @@ namespace {
 constexpr int kDenseTerms = 32;  // of a tile on average, for a connectome to count as dense
 constexpr double kGolden = 0.6180339887498949;
 
-// NEUROGEN_BRAIN=sparse: never this launch; dense: for every connectome (bf16, and calls large enough for it). For
-// tests and measuring.
-bool wanted(int64_t terms, int64_t tiles) {
-  const char* text = std::getenv("NEUROGEN_BRAIN");
-  const std::string name = text ? text : "";
-  if (name != "" && name != "sparse" && name != "dense") {
-    throw std::invalid_argument("NEUROGEN_BRAIN: expected sparse or dense, got '" + name + "'");
-  }
-  return name == "dense" || (name == "" && terms >= kDenseTerms * tiles);
-}
-
 }  // namespace
 
 void CudaModel::lay_out_dense(int64_t terms) {
-  if (!spec_.bf16 || !wanted(terms, tiles_)) return;
+  const bool wanted = brain_wanted_ == "dense" || (brain_wanted_ == "" && terms >= kDenseTerms * tiles_);
+  if (!spec_.bf16 || !wanted) return;
   const char* part = "connectome";
   dense_tiles_ = arena_.take<DenseTile>(part, tiles_);
   dense_sources_ = arena_.take<DenseSource>(part, terms);

@@ -406,36 +406,33 @@ void CudaModel::hush() {
   launched();
 }
 
+// What every brain launch is told; how it goes about it is the launch's to fill in.
+BrainCall CudaModel::brain_call(const BrainPlan& plan) const {
+  BrainCall call{};
+  call.regions = region_views_, call.states = active_->views();
+  call.tiles = plan.tiles, call.terms = plan.terms, call.shares = plan.shares, call.resident = plan.resident;
+  call.weights = forward_blocks_;
+  call.resets = has_resets_ ? resets_ : nullptr, call.age = age_;
+  call.verdict = verdict_;
+  call.streams = call_streams_, call.tokens = call_tokens_, call.levels = levels_;
+  call.region_count = static_cast<int>(regions_.size()), call.base_grid = base_grid_;
+  call.embedded = &plan == &outside_;
+  call.max_spike = spec_.graded ? spec_.max_spike : 1.0f;
+  call.dropout = dropout();
+  return call;
+}
+
 void CudaModel::run_brain(bool hushed) {
-  const BrainPlan& plan = brain_plan(call_streams_);
-  const BrainShape shape = brain_shape(plan, call_streams_, call_tokens_);
-  BrainCall call{
-      region_views_,
-      active_->views(),
-      plan.tiles,
-      plan.terms,
-      plan.shares,
-      plan.resident,
-      forward_blocks_,
-      has_resets_ ? resets_ : nullptr,
-      age_,
-      verdict_,
-      call_streams_,
-      call_tokens_,
-      levels_,
-      shape.group,
-      static_cast<int>(regions_.size()),
-      base_grid_,
-      static_cast<int>(plan.table_bytes),
-      plan.near,
-      shape.slots,
-      shape.local,
-      plan.most_terms > shape.slots && blocks_ * kBlockArea * static_cast<int64_t>(real_size()) > kCachedBytes,
-      &plan == &outside_,
-      spec_.graded ? spec_.max_spike : 1.0f,
-      dropout()};
   if (!hushed) hush();
-  if (run_dense_brain()) return;
+  const BrainPlan& plan = brain_plan(call_streams_);
+  if (run_dense_brain() || run_register_brain(plan)) return;
+  const BrainShape shape = brain_shape(plan, call_streams_, call_tokens_);
+  BrainCall call = brain_call(plan);
+  call.stream_group = shape.group;
+  call.table_bytes = static_cast<int>(plan.table_bytes), call.near = plan.near;
+  call.slots = shape.slots, call.local_state = shape.local;
+  call.prefetch =
+      plan.most_terms > shape.slots && blocks_ * kBlockArea * static_cast<int64_t>(real_size()) > kCachedBytes;
   const bool plain = !has_resets_ && spec_.dropout == 0;
   void* kernel = spec_.bf16 ? (plain ? brain_kernel<bf16, true>(shape) : brain_kernel<bf16, false>(shape))
                             : (plain ? brain_kernel<float, true>(shape) : brain_kernel<float, false>(shape));

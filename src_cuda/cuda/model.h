@@ -27,6 +27,7 @@
 
 namespace neurogen::cuda {
 
+struct BrainCall;
 struct Dropout;
 
 inline bool on_host(const Output& out) { return out.data && !out.device; }
@@ -37,6 +38,21 @@ struct BrainShape {
   int grid, slots;            // blocks of threads, resident blocks of weights
   double rounds;              // items of a warp in a tick
   bool local;                 // v, w and counts stay in shared memory
+  size_t shared_bytes;
+};
+
+// The brain launch that keeps weights in registers (register_brain.cu): warps of a block of threads; how many terms of
+// each kind (gates, drives, delayed) a tile may have; how many of its blocks are not in registers but in shared memory;
+// bytes there of a warp, and of eight streams of it (of one, where Columns is 1).
+constexpr int kRegisterWarps = 12;
+constexpr int kRegisterSlots[3] = {2, 3, 3}, kRegisterHeld[3] = {1, 1, 2};
+constexpr size_t kRegisterTableBytes = 6 * kBlock * 4 + (8 + 4) * 8;
+constexpr size_t register_state_bytes(int columns) { return size_t{2} * columns * 32 * 16; }
+
+// group = 0: it is not for this connectome.
+struct RegisterShape {
+  int group, copies, chunks;  // streams at a time; warps of a tile; times eight streams of a warp
+  int grid;
   size_t shared_bytes;
 };
 
@@ -115,7 +131,8 @@ struct BrainTile {
   const void* heard[2];           // row 0 of panels of the embedding that it hears by terms of its own, null = none
   int32_t region, offset, rank, gated;
   int32_t terms[4];
-  int32_t reach, reserved;  // the longest delay of its terms
+  int32_t reach;  // the longest delay of its terms
+  int32_t near;   // register_brain.cu: blocks of the share's tiles before it that are in shared memory
 };
 
 // What one block of threads of the brain launch owns.
@@ -133,7 +150,8 @@ struct BrainPlan {
   int most_tiles = 0, most_slots = 0;
   int64_t most_terms = 0;
   size_t table_bytes = 0;
-  bool near = false;  // constants of neurons are in the tables
+  bool near = false;   // constants of neurons are in the tables
+  int most_near = -1;  // blocks of a share that registers have no room for (register_brain.cu); -1: not for that launch
 };
 
 // One weight block for the weight-gradient kernel.
@@ -271,6 +289,10 @@ class CudaModel final : public Model {
   DenseShape dense_shape(int streams) const;
   bool run_dense_brain();  // false: not a call for it
 
+  // register_brain.cu: the brain launch of sparse connectomes where a tile has a warp
+  RegisterShape register_shape(const BrainPlan& plan, int streams) const;
+  bool run_register_brain(const BrainPlan& plan);  // false: not a call for it
+
   // tokens.cu
   void begin(CudaState& state, int streams, int tokens);
   void set_verdict(bool ok, bool state_not_finite);
@@ -303,6 +325,7 @@ class CudaModel final : public Model {
   // forward.cu
   void forward(bool hushed = false);
   void hush();  // before the brain launch: no spike of the call is written yet
+  BrainCall brain_call(const BrainPlan& plan) const;
   void run_brain(bool hushed);
   const BrainPlan& brain_plan(int streams) const;
   BrainShape shape_of(const BrainPlan& plan, int group, int tokens) const;
@@ -400,6 +423,7 @@ class CudaModel final : public Model {
   int64_t group_count_ = 0, rectangle_count_ = 0;
   std::vector<int> most_pulled_;  // of every level: terms of pull_ of a tile, at most
   // Brain launch: base_grid_ shares, each worked on by up to replicas_ blocks of threads that divide the streams.
+  std::string brain_wanted_;  // NEUROGEN_BRAIN
   int processors_ = 0, base_grid_ = 0, replicas_ = 0, stream_group_ = 0;
   size_t shared_limit_ = 0;
   BrainPlan outside_, inside_;  // the embedding's blocks are multiplied outside the launch, inside it

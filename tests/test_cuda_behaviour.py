@@ -249,6 +249,23 @@ def test_generation_repeats_by_its_seed_and_reads_the_device_in_batches(learnt, 
     assert syncs < 96 / 2, "sampled tokens stay on the device between steps"
 
 
+@pytest.mark.parametrize("options", [{}, {"top_k": 9}], ids=["all", "top_k"])
+@pytest.mark.parametrize("streams", [1, 3, 9])
+def test_tokens_drawn_in_bf16_are_those_of_the_loop(streams, options):
+    """Up to eight streams' logits have a kernel of their own. Where every token may be drawn the draw adds the bias."""
+    model, prompts = build("cuda", streams=streams, precision="bf16"), batch(0, streams)[0]
+    bias = np.random.default_rng(streams).standard_normal(model.config.vocab_size).astype(np.float32)
+    model.load_parameters({"decoder.bias": bias})
+    for ids in prompts.T:
+        model.brain.step(model.embedding.encode(ids.copy()))
+    expected = np.empty((20, streams), np.int32)
+    for position, ids in enumerate(expected):
+        model.decoder.sample_into(model.brain.broca_output(), ids, seed=5, position=position, **options)
+        model.brain.step(model.embedding.encode(ids))
+    assert np.array_equal(np.stack(list(model.generate(prompts, 20, seed=5, **options))), expected)
+    assert len(np.unique(expected)) > 5
+
+
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("bf16", 1e-2)])
 def test_evaluation_is_the_cpus(learnt, precision, tolerance):
     """On the text backwards: what the model knows by heart has next to no loss to compare."""

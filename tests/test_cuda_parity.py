@@ -198,6 +198,39 @@ def test_bf16(case, brain, monkeypatch):
     assert max(naive for _, naive in errors.values()) < 2**-4, "the yardstick itself must be small"
 
 
+@pytest.mark.parametrize("vocab", [1003, 5003])
+@pytest.mark.parametrize("dim", [32, 96, 1536])
+def test_logits_of_few_rows(vocab, dim):
+    """Up to eight rows have a kernel of their own in bf16, in which a row's bits are its own affair.
+
+    Products of bf16 numbers are exact in float. The tensor core adds 16 of them to a sum and cuts each of these 17
+    numbers off at 2^-23 of the largest, at worst; a sum passes through dim / 16 of that, and two additions more.
+    """
+    regions, project = (ng.Region("low", 32, 0),), ng.Projection
+    cfg = ng.Config(vocab, dim, regions, (project("embedding", "low"), project("low", "broca_out")))
+    model = ng.NeuroGen(cfg, backend="cuda", max_tokens=32, seed=SEED, precision="bf16")  # nine rows fit at once
+    rng = np.random.default_rng([vocab, dim])
+    broca = rng.standard_normal((9, dim)).astype(np.float32)
+    bias = rng.standard_normal(vocab).astype(np.float32)
+    weights = rng.standard_normal((vocab, dim)).astype(np.float32)
+    model.load_parameters({"decoder.weight": weights, "decoder.bias": bias})
+
+    def logits(rows):
+        out = np.full((len(rows), vocab), np.nan, np.float32)
+        model.decoder.logits_into(rows, out)
+        return out
+
+    x, w = to_bf16(broca), to_bf16(weights)
+    expected, size = x @ w.T + bias, np.abs(x) @ np.abs(w).T + np.abs(bias)
+    tolerance = (17 * dim / 16 + 2) * 2**-23 * size
+    said = {count: logits(broca[:count]) for count in range(1, 10)}
+    for count, rows in said.items():
+        assert (np.abs(rows - expected[:count]) <= tolerance[:count]).all(), count
+        if count <= 8:
+            assert np.array_equal(rows, said[8][:count]), count
+    assert np.array_equal(logits(broca[5:6]), said[8][5:6])
+
+
 def text_batches(steps, B, T):
     """Consecutive windows of real text, B places at once."""
     text = np.frombuffer(default_corpus()[0], np.uint8).astype(np.int32)

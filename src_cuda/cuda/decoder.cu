@@ -7,10 +7,11 @@
 // the true V, so the padding behind a row never counts. Two kernels turn logits into errors: walk_rows_kernel
 // (walk_rows.cuh) those of bf16 rows of 4,097 to 32,768 logits, score_rows_kernel all others. The latter moves 2V bytes
 // in and 2V out in bf16 (4V each in float), reads 4V of bias a row from the L2 cache, and dc reads the errors once
-// more.
+// more. Logits without a loss, of a few rows in bf16, have a kernel of their own (few_logits.cuh).
 #include <algorithm>
 #include <cmath>
 
+#include "few_logits.cuh"
 #include "logit_rows.cuh"
 #include "model.h"
 #include "numbers.cuh"
@@ -287,6 +288,18 @@ void CudaModel::score(bool want_gradient, bool accumulate) {
 }
 
 void CudaModel::logits_on_device(const void* broca_real, int64_t rows, float* out, bool with_bias) {
+  if (spec_.bf16 && rows <= kRows && few_logits_fit(spec_.dim, shared_limit_)) {
+    const FewLogits job{static_cast<const bf16*>(decoder_real_),
+                        static_cast<const bf16*>(broca_real),
+                        with_bias ? decoder_bias_ : nullptr,
+                        out,
+                        spec_.vocab,
+                        spec_.dim,
+                        static_cast<int>(rows)};
+    launch_few_logits(stream_.get(), job, processors_, shared_limit_);
+    launched();
+    return;
+  }
   cublas_->multiply(stream_.get(), false, true, rows, spec_.vocab, spec_.dim, broca_real, spec_.dim, decoder_real_,
                     spec_.dim, 0.0f, out, spec_.vocab, false);
   launched();

@@ -164,6 +164,12 @@ __device__ inline void keep_block(uint4* to, const uint4* block, int i) {
   to[64 + pair * 32 + lane] = uint4{even.z, odd.z, even.w, odd.w};
 }
 
+// Where word i (two values) of a kept block lies in the stored one.
+__host__ __device__ constexpr int stored_word(int i) {
+  const int operand = i / 128, lane = i / 4 % 32, part = i % 4;
+  return ((operand % 2 * 2 + part % 2) * 32 + lane) * 4 + operand / 2 * 2 + part / 2;
+}
+
 // sums += block * sources (16 bytes a lane, as in Sources<bf16>).
 __device__ inline void multiply_add(Sums& sums, const KeptBlock& block, const uint4& source) {
   float (&x)[4][2] = sums.x;

@@ -41,13 +41,29 @@ struct BrainShape {
   size_t shared_bytes;
 };
 
-// The brain launch that keeps weights in registers (register_brain.cu): warps of a block of threads; how many terms of
-// each kind (gates, drives, delayed) a tile may have; how many of its blocks are not in registers but in shared memory;
-// bytes there of a warp, and of eight streams of it (of one, where Columns is 1).
+// The brain launch that keeps weights in registers (register_brain.cu): warps of a block of threads, and how many terms
+// of each kind (gates, drives, delayed) a tile may have.
 constexpr int kRegisterWarps = 12;
-constexpr int kRegisterSlots[3] = {2, 3, 3}, kRegisterHeld[3] = {1, 1, 2};
+constexpr int kRegisterSlots[3] = {2, 3, 3};
+// Blocks of a kind that are in registers; the others are in shared memory. Single: a warp has eight streams or fewer.
+template <bool Single>
+__host__ __device__ constexpr int register_held(int kind) {
+  return Single ? (kind == 2 ? 2 : 1) : (kind == 0 ? 1 : kind == 1 ? 3 : 2);
+}
+// Blocks of a tile that are not.
+template <bool Single>
+__host__ __device__ constexpr int register_near(const int32_t (&terms)[4]) {
+  int near = 0;
+  for (int kind = 0; kind < 3; ++kind) {
+    const int beyond = terms[kind + 1] - terms[kind] - register_held<Single>(kind);
+    near += beyond > 0 ? beyond : 0;
+  }
+  return near;
+}
+// Bytes of shared memory: of a warp's tables; of its eight streams (one, where columns is 1); of what is on its way.
 constexpr size_t kRegisterTableBytes = 6 * kBlock * 4 + (8 + 4) * 8;
 constexpr size_t register_state_bytes(int columns) { return size_t{2} * columns * 32 * 16; }
+constexpr size_t kRegisterRingBytes = 8 * 32 * 16;
 
 // group = 0: it is not for this connectome.
 struct RegisterShape {
@@ -131,8 +147,7 @@ struct BrainTile {
   const void* heard[2];           // row 0 of panels of the embedding that it hears by terms of its own, null = none
   int32_t region, offset, rank, gated;
   int32_t terms[4];
-  int32_t reach;  // the longest delay of its terms
-  int32_t near;   // register_brain.cu: blocks of the share's tiles before it that are in shared memory
+  int32_t reach, reserved;  // the longest delay of its terms
 };
 
 // What one block of threads of the brain launch owns.
@@ -150,8 +165,10 @@ struct BrainPlan {
   int most_tiles = 0, most_slots = 0;
   int64_t most_terms = 0;
   size_t table_bytes = 0;
-  bool near = false;   // constants of neurons are in the tables
-  int most_near = -1;  // blocks of a share that registers have no room for (register_brain.cu); -1: not for that launch
+  bool near = false;  // constants of neurons are in the tables
+  // Blocks of a share that are not in registers (register_brain.cu), most of all; -1: not for that launch. Where a warp
+  // has eight streams or fewer, and more.
+  int most_near_single = -1, most_near = -1;
 };
 
 // One weight block for the weight-gradient kernel.

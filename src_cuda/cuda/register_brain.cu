@@ -16,7 +16,6 @@ namespace {
 constexpr int kThreads = kRegisterWarps * 32;
 constexpr int kFirstDrive = kRegisterSlots[0], kFirstDelayed = kFirstDrive + kRegisterSlots[1],
               kSlots = kFirstDelayed + kRegisterSlots[2];
-constexpr int kHeld = 4;
 constexpr int kBlockPieces = kBlockArea * sizeof(bf16) / sizeof(uint4);
 constexpr unsigned kGated = 1u << 31, kEmbeddedGate = 1u << 30, kEmbeddedDrive = 1u << 29;
 constexpr uint32_t kOnes = 0x3f803f80;  // two of bf16
@@ -46,13 +45,22 @@ struct WarpTables {
   bf16 *u, *s, *d, *g;          // row 0
 };
 
-// The slot's block among those in registers, -1 = it is in shared memory: first gate, first drive, two delayed.
-__device__ constexpr int held_block(int slot) {
-  return slot == 0 ? 0 : slot == kFirstDrive ? 1 : slot == kFirstDelayed ? 2 : slot == kFirstDelayed + 1 ? 3 : -1;
+// The slot's block among those in registers, -1 = it is in shared memory.
+template <bool Single>
+__host__ __device__ constexpr int held_block(int slot) {
+  const int kind = slot < kFirstDrive     ? 0
+                   : slot < kFirstDelayed ? 1
+                                          : 2,
+            at = slot - (kind == 0   ? 0
+                         : kind == 1 ? kFirstDrive
+                                     : kFirstDelayed);
+  if (at >= register_held<Single>(kind)) return -1;
+  return at + (kind > 0 ? register_held<Single>(0) : 0) + (kind > 1 ? register_held<Single>(1) : 0);
 }
-__device__ constexpr unsigned near_slots_before(int slot) {
+template <bool Single>
+__host__ __device__ constexpr unsigned near_slots() {
   unsigned bits = 0;
-  for (int j = 0; j < slot; ++j) bits |= held_block(j) < 0 ? 1u << j : 0;
+  for (int j = 0; j < kSlots; ++j) bits |= held_block<Single>(j) < 0 ? 1u << j : 0;
   return bits;
 }
 static_assert(sizeof(WarpTables) == kRegisterTableBytes, "the host plans with it");
@@ -64,9 +72,14 @@ static_assert(sizeof(KeptState<2>) == register_state_bytes(2) && sizeof(KeptStat
 struct Place {
   const BrainTile* tile;
   const Term* terms;  // of the share
+  int own;            // number of the tile in the share
   __device__ explicit Place(const BrainCall& call) {
     const Share& share = call.shares[blockIdx.x % call.base_grid];
-    tile = call.tiles + share.tile_begin + threadIdx.x / 32 % share.tiles;
+    // Warp w runs on scheduler w % 4. Those with one warp more get the lightest tiles, which are the share's first.
+    const int warp = threadIdx.x / 32 % share.tiles, crowded = share.tiles % 4, scheduler = warp % 4, round = warp / 4;
+    own = scheduler < crowded ? round * crowded + scheduler
+                              : (share.tiles / 4 + 1) * crowded + round * (4 - crowded) + scheduler - crowded;
+    tile = call.tiles + share.tile_begin + own;
     terms = call.terms + share.term_begin;
   }
   // Of a slot, null = it is empty.
@@ -148,17 +161,20 @@ __device__ void add_counts(const BrainCall& call, uint32_t (&spoken)[2]) {
 template <int Columns, bool Single>
 __global__ void __launch_bounds__(kThreads, 1)
     run_register_kernel(const __grid_constant__ BrainCall call, int copies, int most_chunks) {
+  constexpr unsigned kNearSlots = near_slots<Single>();  // bits: slots whose blocks are in shared memory
   extern __shared__ uint4 shared[];
   using State = KeptState<Columns>;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
   const int tiles = call.shares[blockIdx.x % call.base_grid].tiles, copy = warp / tiles;  // several warps have a tile
   WarpTables* const all_tables = reinterpret_cast<WarpTables*>(shared);
   State* const all_states = reinterpret_cast<State*>(all_tables + warps);
-  uint4* near = reinterpret_cast<uint4*>(all_states + warps * most_chunks);  // blocks that are not in registers
+  uint4* const rings = reinterpret_cast<uint4*>(all_states + warps * most_chunks);
+  uint4* const ring = rings + warp * (kSlots * 32) + lane;  // what this lane has asked for, slot after slot; not Single
+  uint4* near = rings + (Single ? 0 : warps * kSlots * 32);  // blocks that are not in registers
   WarpTables& tables = all_tables[warp];
   State* const states = all_states + warp * most_chunks;
   unsigned present;  // bits: slots that are not empty; kGated; whether the first of its kind hears the embedding
-  KeptBlock blocks[kHeld];
+  KeptBlock blocks[register_held<Single>(0) + register_held<Single>(1) + register_held<Single>(2)];
   {
     const Place place(call);
     const BrainTile& tile = *place.tile;
@@ -169,7 +185,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       tables.u = static_cast<bf16*>(tile.u), tables.s = static_cast<bf16*>(tile.s);
       tables.d = static_cast<bf16*>(tile.d), tables.g = static_cast<bf16*>(tile.g);
     }
-    near += tile.near * kBlockPieces;
+    const int before = lane < place.own ? register_near<Single>(place.tile[lane - place.own].terms) : 0;
+    near += warp_sum(before) * kBlockPieces;
     uint4* to = near;
 #pragma unroll
     for (int j = 0; j < kSlots; ++j) {
@@ -180,8 +197,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         present |= 1u << j;
       }
       const KeptBlock kept(block);
-      if (held_block(j) >= 0) {
-        blocks[max(held_block(j), 0)] = kept;
+      if (held_block<Single>(j) >= 0) {
+        blocks[max(held_block<Single>(j), 0)] = kept;
       } else if (term) {
 #pragma unroll
         for (int i = 0; i < 4 && copy == 0; ++i) to[i * 32 + lane] = kept.operand[i];
@@ -195,11 +212,20 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto panel = [](bf16* at, int place) { return in_global<bf16>(at) + place; };
 
   Sources<bf16> sources[kSlots] = {};  // of empty slots: zeros
+  static_assert(kSlots * 32 * sizeof(uint4) == kRegisterRingBytes, "the host plans with it");
   const auto source_at = [&](int j, int row0) {
     return in_global<const bf16>(const_cast<bf16*>(tables.sources[j])) + (row0 * kBlock + lane * 8);
   };
   const auto ask = [&](int j, int row0, unsigned wanted) {
-    if (wanted >> j & 1) sources[j].raw = peek(source_at(j, row0));
+    if (!(wanted >> j & 1)) return;
+    if (Single) {
+      sources[j].raw = peek(source_at(j, row0));
+    } else {
+      __pipeline_memcpy_async(ring + j * 32, source_at(j, row0), sizeof(uint4));
+    }
+  };
+  const auto asked_for_kind = [&](int j) {  // j: the slot after
+    if (!Single && (j == kFirstDrive || j == kFirstDelayed || j == kSlots)) __pipeline_commit();
   };
   const auto wanted = [&](int left) { return lane / 4 < left ? present : 0; };
   uint32_t spoken[2] = {0, 0};
@@ -218,7 +244,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     int row0 = first + begin, left = chunks == 1 ? last_left : kRows;
     if (!Single) {
 #pragma unroll
-      for (int j = 0; j < kSlots; ++j) ask(j, row0, wanted(left));
+      for (int j = 0; j < kSlots; ++j) ask(j, row0, wanted(left)), asked_for_kind(j + 1);
     }
     // What the embedding brings was written before the launch, and is far away by now.
     Four<bf16> drive_ahead[Columns] = {}, gate_ahead[Columns] = {};
@@ -248,26 +274,36 @@ __global__ void __launch_bounds__(kThreads, 1)
                 next_left = next_token == call.tokens  ? 0
                             : next_chunk == chunks - 1 ? last_left
                                                        : kRows;
-      const unsigned next_wanted = wanted(next_left);
+      const unsigned now_wanted = wanted(left), next_wanted = wanted(next_left);
+      // Waits for slots from `begin` on, asking for what is missing together.
+      const auto settle = [&](int begin, int end) {
+        if (!Single) {
+          __pipeline_wait_prior(2);  // of the three kinds: the two that were asked for later
+#pragma unroll
+          for (int j = begin; j < end; ++j) {
+            sources[j].raw = now_wanted >> j & 1 ? ring[j * 32] : uint4{0, 0, 0, 0};
+          }
+        }
+        const auto missing = [&] {  // one comparison for all: no other word is as large
+          unsigned largest = 0;
+#pragma unroll
+          for (int j = begin; j < end; ++j) largest = max(largest, max(sources[j].raw.x, sources[j].raw.z));
+          return largest == ~0u;
+        };
+#pragma unroll 1
+        while (__any_sync(0xffffffffu, missing())) {
+          if (!Single) __nanosleep(40);
+#pragma unroll
+          for (int j = begin; j < end; ++j) {
+            if (absent(sources[j].raw)) sources[j].raw = peek(source_at(j, row0));
+          }
+        }
+      };
       if (Single) {
 #pragma unroll
         for (int j = 0; j < kSlots; ++j) ask(j, row0, wanted(left));
       }
-      const auto missing = [&] {  // one comparison for all: no other word is as large
-        unsigned largest = 0;
-#pragma unroll
-        for (int j = 0; j < kSlots; ++j) largest = max(largest, max(sources[j].raw.x, sources[j].raw.z));
-        return largest == ~0u;
-      };
-#pragma unroll 1
-      while (__any_sync(0xffffffffu, missing())) {
-        if (!Single) __nanosleep(40);
-#pragma unroll
-        for (int j = 0; j < kSlots; ++j) {
-          if (absent(sources[j].raw)) sources[j].raw = peek(source_at(j, row0));
-        }
-      }
-      if (turn && next_token <= call.longest_delay) find_sources(call, next_token, tables);
+      if (Single) settle(0, kSlots);
 
       Sums sums;
       const auto take = [&](int i, float4 x) {
@@ -276,20 +312,21 @@ __global__ void __launch_bounds__(kThreads, 1)
       const auto give = [&](int i) { return float4{sums.x[0][i], sums.x[1][i], sums.x[2][i], sums.x[3][i]}; };
       const int place = (row0 + lane_row()) * kBlock + lane_receiver();
       const auto multiply = [&](int j) {
-        if (held_block(j) >= 0) {
-          multiply_add(sums, blocks[max(held_block(j), 0)], sources[j]);
+        if (held_block<Single>(j) >= 0) {
+          multiply_add(sums, blocks[max(held_block<Single>(j), 0)], sources[j]);
         } else if (present >> j & 1) {
           KeptBlock block;
-          block.load(near + __popc(present & near_slots_before(j)) * kBlockPieces);
+          block.load(near + __popc(present & kNearSlots & ((1u << j) - 1)) * kBlockPieces);
           multiply_add(sums, block, sources[j]);
         }
-        if (!Single) ask(j, next_row0, next_wanted);
+        if (!Single) ask(j, next_row0, next_wanted), asked_for_kind(j + 1);
       };
       zero(sums);
       if (Single && call.embedded) {
 #pragma unroll
         for (int i = 0; i < Columns; ++i) take(i, unpack<bf16>(gate_ahead[i]));
       }
+      if (!Single) settle(0, kFirstDrive);
 #pragma unroll
       for (int j = 0; j < kFirstDrive; ++j) multiply(j);
       const float4 bias = load4(&tables.constants[5][lane_receiver()]);
@@ -303,6 +340,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         take(i, Single && call.embedded ? unpack<bf16>(drive_ahead[i]) : bias);
       }
       if (Single && call.embedded) bring_embedded(next_row0, next_left);
+      if (!Single) settle(kFirstDrive, kFirstDelayed);
 #pragma unroll
       for (int j = kFirstDrive; j < kFirstDelayed; ++j) multiply(j);
 #pragma unroll
@@ -311,6 +349,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (gated() && lane_row() + i < left) put4(panel(tables.d, place + i * kBlock), pack<bf16>(x));
         take(i, {x.x * gate.x, x.y * gate.y, x.z * gate.z, x.w * gate.w});
       }
+      if (!Single) settle(kFirstDelayed, kSlots);
+      if (turn && next_token <= call.longest_delay) find_sources(call, next_token, tables);  // of delayed terms
 #pragma unroll
       for (int j = kFirstDelayed; j < kSlots; ++j) multiply(j);
 
@@ -391,9 +431,10 @@ RegisterShape CudaModel::register_shape(const BrainPlan& plan, int streams) cons
     shape.copies = std::min(kRegisterWarps / plan.most_tiles, (pieces + replicas - 1) / replicas);
     shape.chunks = (pieces + replicas * shape.copies - 1) / (replicas * shape.copies);
     shape.grid = base_grid_ * replicas;
-    shape.shared_bytes =
-        plan.most_tiles * shape.copies * (kRegisterTableBytes + shape.chunks * register_state_bytes(columns)) +
-        plan.most_near * kBlockArea * sizeof(bf16);
+    shape.shared_bytes = plan.most_tiles * shape.copies *
+                             (kRegisterTableBytes + shape.chunks * register_state_bytes(columns) +
+                              (shape.chunks > 1 ? kRegisterRingBytes : 0)) +
+                         (shape.chunks > 1 ? plan.most_near : plan.most_near_single) * kBlockArea * sizeof(bf16);
     if (shape.shared_bytes <= shared_limit_) return shape;
   }
   return {};

@@ -3,13 +3,14 @@
     compute-sanitizer --tool memcheck --error-exitcode 9 python tests/sanitizer_suite.py [--quick]
 
 Reduced to: three regions with gates, delays, dropout and sparse blocks, odd V; 3 streams x 5 tokens (tied and not,
-graded and binary spikes) and 33 x 2 in groups of 16; both precisions; 33 x 2 of a dense connectome with a vocabulary of
+graded and binary spikes) and 33 x 2 in groups of 16; both precisions; 1 x 5, 3 x 5 and 900 x 2 of a sparse connectome
+whose weights stay in registers; 33 x 2 of a dense connectome with a vocabulary of
 5,003 in bf16, which has kernels of its own. Training, gradients accumulated, the token-by-token loop, evaluation,
 generation by every kind of sampling, arrays in device memory, read and written, with and without a wrong id (where CuPy
 is installed), a checkpoint saved and loaded.
 
 --quick, for racecheck: it keeps every access to shared memory since the last barrier, and the brain launch has one
-barrier in all. Two models of 2 streams x 3 tokens, one training step each, an evaluation, two tokens drawn.
+barrier in all. Three models of 2 streams x 3 tokens, two training steps each, an evaluation, two tokens drawn.
 """
 
 import dataclasses
@@ -33,6 +34,18 @@ DENSE = ng.Config(
         ng.Projection("low", "broca_out"), ng.Projection("high", "broca_out"),
     ), max_spike=4.0, dropout=0.1,
 )  # fmt: skip
+# Few terms a tile, so that they have places in registers, and few tiles, so that several warps have the same one.
+SPARSE = ng.Config(
+    300, 96, (ng.Region("low", 160, 0), ng.Region("mid", 96, 1), ng.Region("high", 192, 2)),
+    (
+        ng.Projection("embedding", "low"), ng.Projection("embedding", "mid", kind="gate", density=0.1),
+        ng.Projection("embedding", "high", density=0.1), ng.Projection("low", "mid", density=0.4),
+        ng.Projection("low", "high", kind="gate", density=0.1), ng.Projection("mid", "high", density=0.1),
+        ng.Projection("low", "low", delay=1, density=0.1), ng.Projection("mid", "mid", delay=1, density=0.6),
+        ng.Projection("high", "high", delay=3, density=0.3), ng.Projection("high", "low", delay=4, density=0.2),
+        ng.Projection("mid", "broca_out"), ng.Projection("high", "broca_out", density=0.5),
+    ), max_spike=4.0,
+)  # fmt: skip
 BRAINS = {
     "plain": CONFIG,
     "tied": dataclasses.replace(CONFIG, tie_decoder=True, max_spike=4.0),
@@ -44,6 +57,7 @@ def learn(model, tokens):
     calls = [batch(number, model.streams, tokens) for number in range(3)]
     for call in calls:
         assert np.isfinite(model.train_step_batch(*call).loss)
+    assert np.isfinite(model.train_step_batch(*calls[0][:2]).loss)  # without resets
     for accumulate in (False, True):
         model.backward_batch(*calls[0], accumulate=accumulate, record=True)
     for region in model.config.regions:
@@ -101,7 +115,8 @@ def from_device_memory(model, tokens):
 
 def glance(model):
     """One of each kind of launch."""
-    assert np.isfinite(model.train_step_batch(*batch(0, model.streams, 3)).loss)
+    for arrays in (4, 2):  # with resets and without
+        assert np.isfinite(model.train_step_batch(*batch(0, model.streams, 3)[:arrays]).loss)
     ids, targets = np.random.default_rng(1).integers(0, V, (2, 2, 3), np.int32)
     assert 0 < model.evaluate(ids, targets) < 100
     said = list(model.generate([ids[0], ids[1]], 2, seed=3, top_k=5, top_p=0.7))
@@ -111,7 +126,8 @@ def glance(model):
 def quick():
     for precision in ("fp32", "bf16"):
         glance(ng.NeuroGen(BRAINS["plain"], streams=2, max_tokens=3, backend="cuda", precision=precision))
-    print("suite finished: quick, plain fp32 and bf16 2 x 3")
+    glance(ng.NeuroGen(SPARSE, streams=2, max_tokens=3, backend="cuda", precision="bf16"))
+    print("suite finished: quick, plain fp32 and bf16, sparse bf16, 2 x 3")
 
 
 def whole(name, cfg, precision, streams, tokens):
@@ -130,6 +146,8 @@ def whole(name, cfg, precision, streams, tokens):
 def main():
     cases = [(name, BRAINS[name], precision, 3, 5) for precision, name in product(("fp32", "bf16"), BRAINS)]
     done = [whole(*case) for case in cases]
+    done += [whole("sparse", SPARSE, "bf16", streams, 5) for streams in (1, 3)]
+    done.append(whole("sparse", SPARSE, "bf16", 900, 2))  # more than eight streams a warp
     os.environ.update(NEUROGEN_STREAM_GROUP="16")
     done += [whole("plain", BRAINS["plain"], precision, 33, 2) for precision in ("fp32", "bf16")]
     os.environ.update(NEUROGEN_BRAIN="dense")

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gpu_support import free_bytes
+from sanitizer_suite import SPARSE
 from test_determinism import CONFIG, batch, build, contents, train
 
 import neurogen_cy as ng
@@ -18,6 +19,8 @@ pytestmark = pytest.mark.gpu
 PRECISIONS = ("fp32", "bf16")
 PAGE = 2 << 20  # bytes: what the driver hands out at a time
 PLAN_TOLERANCE = 0.05
+
+BASE = ng.Config.preset("base", vocab_size=256)
 
 
 def repeated(cfg, B, T):
@@ -99,6 +102,7 @@ def test_streams_in_one_group_or_many_give_the_same_bits(monkeypatch, precision,
 
 def test_items_that_go_from_warp_to_warp_give_the_same_bits(monkeypatch):
     """`base` has so many tiles that warps take them in turn at 32 streams, and have their own at 8 (forward.cu)."""
+    monkeypatch.setenv("NEUROGEN_BRAIN", "sparse")
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 256, (3, 32, 24), dtype=np.int32)
     ends, plans = [], []
@@ -112,6 +116,39 @@ def test_items_that_go_from_warp_to_warp_give_the_same_bits(monkeypatch):
         del model
     assert plans == ["32", "8"]
     assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize(
+    ("cfg", "B", "T", "groups"),
+    [
+        (SPARSE, 1, 40, (None,)), (SPARSE, 6, 11, (None,)), (SPARSE, 200, 5, (None, "48")),
+        (SPARSE, 1000, 3, (None,)), (BASE, 1, 9, (None,)), (BASE, 5, 6, (None, "3")), (BASE, 8, 5, (None,)),
+        (BASE, 33, 6, (None, "16")), (BASE, 64, 9, (None, "40")), (BASE, 100, 3, (None, "9")),
+    ],
+)  # fmt: skip
+def test_weights_in_registers_or_in_shared_memory_give_the_same_bits(monkeypatch, cfg, B, T, groups):
+    """Both brain launches sum in one order; a call with resets always goes the way of the second."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, cfg.vocab_size, (4, B, T), dtype=np.int32)
+    resets = [None, None, rng.random((B, T)) < 0.2, None]
+    ends, plans = [], []
+    for brain, group in [("sparse", None), *(("registers", group) for group in groups)]:
+        monkeypatch.setenv("NEUROGEN_BRAIN", brain)
+        monkeypatch.delenv("NEUROGEN_STREAM_GROUP", raising=False)
+        if group is not None:
+            monkeypatch.setenv("NEUROGEN_STREAM_GROUP", group)
+        model = ng.NeuroGen(cfg, backend="cuda", streams=B, max_tokens=T, seed=1)
+        results, spikes = [], []
+        for part, cut in zip(ids, resets, strict=True):
+            result = model.train_step_batch(part, np.roll(part, -1, 1).copy(), resets=cut, record=True)
+            results.append((result.loss, result.grad_norm, result.homeostasis, result.rates))
+            spikes += [array.tobytes() for region in cfg.regions for array in model.recorded(region.name)]
+        ends.append((results, spikes, contents(model)))
+        plans.append(model.execution_plan["brain launch"])
+        del model
+    assert ["a tile" in plan for plan in plans] == [False] + [True] * len(groups), plans
+    assert any(np.frombuffer(array, np.float32).any() for array in ends[0][1]), "a silent brain says nothing"
+    assert all(end == ends[0] for end in ends[1:])
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

@@ -447,6 +447,7 @@ std::vector<std::pair<std::string, std::string>> CudaModel::execution_plan() con
       {"logits at a time", std::to_string(logit_rows_) + " rows"}};
   const DenseShape dense = dense_shape(spec_.streams);
   if (dense.group > 0) describe_dense(dense, out);
+  describe_registers(register_shape(plan, spec_.streams), plan, out);
   return out;
 }
 

@@ -308,6 +308,8 @@ class CudaModel final : public Model {
 
   // register_brain.cu: the brain launch of sparse connectomes where a tile has a warp
   RegisterShape register_shape(const BrainPlan& plan, int streams) const;
+  void describe_registers(const RegisterShape& shape, const BrainPlan& plan,
+                          std::vector<std::pair<std::string, std::string>>& out) const;
   bool run_register_brain(const BrainPlan& plan);  // false: not a call for it
 
   // tokens.cu

@@ -7,6 +7,7 @@
 // warps. Cost: sparse connectomes alone (kMostTerms blocks a tile), and not more tiles than warps. The order of every
 // sum is that of run_tile(): calls with resets or dropout, which go that way, are the same to the last bit.
 #include <algorithm>
+#include <map>
 
 #include "brain.cuh"
 
@@ -402,7 +403,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 bool CudaModel::run_register_brain(const BrainPlan& plan) {
   const RegisterShape shape = register_shape(plan, call_streams_);
-  if (shape.group == 0 || (shape.chunks > 1 && &plan == &outside_) || has_resets_ || spec_.dropout > 0) return false;
+  if (shape.group == 0 || has_resets_) return false;
   BrainCall call = brain_call(plan);
   call.stream_group = shape.group;
   call.longest_delay = *std::max_element(history_.begin(), history_.end());
@@ -422,7 +423,7 @@ bool CudaModel::run_register_brain(const BrainPlan& plan) {
 
 // As many streams at a time as there is shared memory for.
 RegisterShape CudaModel::register_shape(const BrainPlan& plan, int streams) const {
-  if (plan.most_near < 0 || !spec_.bf16 || dense_shape(streams).group > 0) return {};
+  if (plan.most_near < 0 || !spec_.bf16 || spec_.dropout > 0 || dense_shape(streams).group > 0) return {};
   const int columns = streams == 1 ? 1 : 2, limit = stream_group_ ? std::min(stream_group_, streams) : streams;
   RegisterShape shape{};
   for (int passes = 1; passes <= limit; ++passes) {
@@ -435,9 +436,28 @@ RegisterShape CudaModel::register_shape(const BrainPlan& plan, int streams) cons
                              (kRegisterTableBytes + shape.chunks * register_state_bytes(columns) +
                               (shape.chunks > 1 ? kRegisterRingBytes : 0)) +
                          (shape.chunks > 1 ? plan.most_near : plan.most_near_single) * kBlockArea * sizeof(bf16);
-    if (shape.shared_bytes <= shared_limit_) return shape;
+    if (shape.shared_bytes <= shared_limit_) break;
+    shape = {};
   }
-  return {};
+  return shape.chunks > 1 && &plan == &outside_ ? RegisterShape{} : shape;
+}
+
+void CudaModel::describe_registers(const RegisterShape& shape, const BrainPlan& plan,
+                                   std::vector<std::pair<std::string, std::string>>& out) const {
+  if (shape.group == 0) return;
+  const auto kib = [](size_t bytes) { return std::to_string((bytes + 512) >> 10) + " KiB"; };
+  const int near = shape.chunks > 1 ? plan.most_near : plan.most_near_single, warps = plan.most_tiles * shape.copies;
+  const std::map<std::string, std::string> said = {
+      {"brain launch", std::to_string(shape.grid) + " blocks of " + std::to_string(warps * 32) + " threads, " +
+                           (shape.copies == 1 ? "a warp" : std::to_string(shape.copies) + " warps") +
+                           " a tile, shared memory of each: " + kib(shape.shared_bytes)},
+      {"streams at a time", std::to_string(std::min(shape.group, spec_.streams))},
+      {"v and w", "in shared memory"},
+      {"weights between neurons",
+       "in registers, but for up to " + kib(near * kBlockArea * sizeof(bf16)) + " in the shared memory of a block"}};
+  for (auto& [name, value] : out) {
+    if (const auto row = said.find(name); row != said.end()) value = row->second;
+  }
 }
 
 }  // namespace neurogen::cuda

@@ -118,11 +118,24 @@ def test_items_that_go_from_warp_to_warp_give_the_same_bits(monkeypatch):
     assert ends[0] == ends[1]
 
 
+def trained(monkeypatch, brain, cfg, ids, resets, group=None):
+    """All that calls with these ids leave behind, and the launch that made it."""
+    monkeypatch.setenv("NEUROGEN_BRAIN", brain)
+    monkeypatch.setenv("NEUROGEN_STREAM_GROUP", group or "100000")
+    model = ng.NeuroGen(cfg, backend="cuda", streams=ids.shape[1], max_tokens=ids.shape[2], seed=1)
+    results, spikes = [], []
+    for part, cut in zip(ids, resets, strict=True):
+        result = model.train_step_batch(part, np.roll(part, -1, 1).copy(), resets=cut, record=True)
+        results.append((result.loss, result.grad_norm, result.homeostasis, result.rates))
+        spikes += [array.tobytes() for region in cfg.regions for array in model.recorded(region.name)]
+    assert any(np.frombuffer(array, np.float32).any() for array in spikes), "a silent brain says nothing"
+    return (results, spikes, contents(model)), model.execution_plan["brain launch"]
+
+
 @pytest.mark.parametrize(
     ("cfg", "B", "T", "groups"),
     [
-        (SPARSE, 1, 40, (None,)), (SPARSE, 6, 11, (None,)), (SPARSE, 200, 5, (None, "48")),
-        (SPARSE, 1000, 3, (None,)), (BASE, 1, 9, (None,)), (BASE, 5, 6, (None, "3")), (BASE, 8, 5, (None,)),
+        (SPARSE, 8, 40, (None,)), (SPARSE, 200, 5, (None, "48")), (SPARSE, 1000, 3, (None,)), (BASE, 8, 5, (None,)),
         (BASE, 33, 6, (None, "16")), (BASE, 64, 9, (None, "40")), (BASE, 100, 3, (None, "9")),
     ],
 )  # fmt: skip
@@ -131,24 +144,24 @@ def test_weights_in_registers_or_in_shared_memory_give_the_same_bits(monkeypatch
     rng = np.random.default_rng(0)
     ids = rng.integers(0, cfg.vocab_size, (4, B, T), dtype=np.int32)
     resets = [None, None, rng.random((B, T)) < 0.2, None]
-    ends, plans = [], []
-    for brain, group in [("sparse", None), *(("registers", group) for group in groups)]:
-        monkeypatch.setenv("NEUROGEN_BRAIN", brain)
-        monkeypatch.delenv("NEUROGEN_STREAM_GROUP", raising=False)
-        if group is not None:
-            monkeypatch.setenv("NEUROGEN_STREAM_GROUP", group)
-        model = ng.NeuroGen(cfg, backend="cuda", streams=B, max_tokens=T, seed=1)
-        results, spikes = [], []
-        for part, cut in zip(ids, resets, strict=True):
-            result = model.train_step_batch(part, np.roll(part, -1, 1).copy(), resets=cut, record=True)
-            results.append((result.loss, result.grad_norm, result.homeostasis, result.rates))
-            spikes += [array.tobytes() for region in cfg.regions for array in model.recorded(region.name)]
-        ends.append((results, spikes, contents(model)))
-        plans.append(model.execution_plan["brain launch"])
-        del model
-    assert ["a tile" in plan for plan in plans] == [False] + [True] * len(groups), plans
-    assert any(np.frombuffer(array, np.float32).any() for array in ends[0][1]), "a silent brain says nothing"
-    assert all(end == ends[0] for end in ends[1:])
+    sparse, plan = trained(monkeypatch, "sparse", cfg, ids, resets)
+    assert "a tile" not in plan
+    for group in groups:
+        end, plan = trained(monkeypatch, "registers", cfg, ids, resets, group)
+        assert "a tile" in plan
+        assert end == sparse
+
+
+@pytest.mark.parametrize(("cfg", "B", "T"), [(SPARSE, 1, 40), (SPARSE, 6, 11), (BASE, 1, 9), (BASE, 5, 6)])
+def test_few_streams_with_weights_in_registers_or_not_give_the_same_bits(monkeypatch, cfg, B, T):
+    """A stream that has not begun is reset, which changes nothing but the launch. (With so few streams the other launch
+    alone would take the embedding's products from outside.)"""
+    ids = np.random.default_rng(0).integers(0, cfg.vocab_size, (2, B, T), dtype=np.int32)
+    start = np.zeros((B, T), bool)
+    start[:, 0] = True
+    ends = [trained(monkeypatch, "", cfg, ids, [first, None]) for first in (None, start)]
+    assert all("a tile" in plan for _, plan in ends)
+    assert ends[0] == ends[1]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

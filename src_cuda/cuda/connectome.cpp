@@ -375,7 +375,7 @@ void CudaModel::plan_launch(BrainPlan& plan, const std::vector<TileName>& names,
   plan.usable = true;
   const int slots = static_cast<int>((shared_limit_ - plan.table_bytes) / block_bytes);
 
-  const bool in_registers = brain_wanted_ != "sparse" && plan.most_tiles <= kRegisterWarps &&
+  const bool in_registers = brain_wanted_ != "sparse" && &plan == &inside_ && plan.most_tiles <= kRegisterWarps &&
                             std::all_of(brain.begin(), brain.end(), [](const auto& terms) {
                               return terms[0].size() <= kRegisterSlots[0] && terms[1].size() <= kRegisterSlots[1] &&
                                      terms[2].size() <= kRegisterSlots[2];

@@ -215,6 +215,8 @@ struct StoreRows {
   }
 };
 
+__device__ float integrate(float keep, float value, float input) { return fmaf(keep, value, (1.0f - keep) * input); }
+
 // o_t = kappa o_{t-1} + (1-kappa) r_t in place of r; a thread follows one channel of one stream.
 __global__ void integrate_kernel(const float* kappa, const float* before, const uint8_t* resets, int streams,
                                  int tokens, int64_t dim, float* o, Verdict* verdict) {
@@ -232,31 +234,57 @@ __global__ void integrate_kernel(const float* kappa, const float* before, const 
       const int token = begin + i;
       if (token >= tokens) break;
       if (resets && resets[int64_t{token} * streams + at / dim]) value = 0.0f;
-      value = keep * value + (1.0f - keep) * ahead[i];
+      value = integrate(keep, value, ahead[i]);
       o[token * step + at] = value;
     }
   }
   if (!(fabsf(value) <= kLargestState)) atomicOr(&verdict->state_not_finite, 1);
 }
 
-// broca = o / sqrt(mean(o^2) + eps), as float, as Real or both; a block a row, see row_threads().
-template <class Real>
-__global__ void normalize_kernel(const float* o, int dim, float* broca, Real* broca_real, float* inverse_rms) {
+// o is there.
+struct Integrated {
+  __device__ float4 value(const float* o, int64_t row, int dim, int j) const { return load4(o + row * dim + j); }
+};
+
+// What integrate_kernel does, for the one token of a call: row r of o is that of stream r.
+struct OneToken {
+  const float *kappa, *before;
+  const uint8_t* resets;
+  Verdict* verdict;
+  __device__ float4 value(float* o, int64_t row, int dim, int j) const {
+    const float4 keep = load4(kappa + j), input = load4(o + row * dim + j);
+    float4 out = load4(before + row * dim + j);
+    if (resets && resets[row]) out = {0, 0, 0, 0};
+    out = {integrate(keep.x, out.x, input.x), integrate(keep.y, out.y, input.y), integrate(keep.z, out.z, input.z),
+           integrate(keep.w, out.w, input.w)};
+    store4(o + row * dim + j, out);
+    const float largest = fmaxf(fmaxf(fabsf(out.x), fabsf(out.y)), fmaxf(fabsf(out.z), fabsf(out.w)));
+    // fmaxf() leaves out NaNs, a sum does not.
+    if (!(largest <= kLargestState && fabsf(out.x + out.y + out.z + out.w) <= 4 * kLargestState)) {
+      atomicOr(&verdict->state_not_finite, 1);
+    }
+    return out;
+  }
+};
+
+// broca = o / sqrt(mean(o^2) + eps), as float, as Real or both; a block a row, see row_threads(). Input: how a value of
+// o comes about.
+template <class Real, class Input>
+__global__ void normalize_kernel(float* o, int dim, float* broca, Real* broca_real, float* inverse_rms, Input input) {
   __shared__ float room[32];
   const int64_t row = blockIdx.x;
   const int step = 4 * blockDim.x, begin = 4 * threadIdx.x, loose = begin + kHeldFours * step;
-  const float* const from = o + row * dim;
   const auto square = [](float4 x) { return x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w; };
   float4 held[kHeldFours] = {};
 #pragma unroll
   for (int k = 0; k < kHeldFours; ++k) {
-    if (begin + k * step < dim) held[k] = load4(from + begin + k * step);
+    if (begin + k * step < dim) held[k] = input.value(o, row, dim, begin + k * step);
   }
   float squares = 0;
 #pragma unroll
   for (int k = 0; k < kHeldFours; ++k) squares += square(held[k]);
 #pragma unroll 1
-  for (int j = loose; j < dim; j += step) squares += square(load4(from + j));
+  for (int j = loose; j < dim; j += step) squares += square(input.value(o, row, dim, j));
   const float factor = 1.0f / sqrtf(block_sum(squares, room) / dim + kRmsEpsilon);
   const auto put = [&](int j, float4 x) {
     const float4 y = {x.x * factor, x.y * factor, x.z * factor, x.w * factor};
@@ -268,7 +296,7 @@ __global__ void normalize_kernel(const float* o, int dim, float* broca, Real* br
     if (begin + k * step < dim) put(begin + k * step, held[k]);
   }
 #pragma unroll 1
-  for (int j = loose; j < dim; j += step) put(j, load4(from + j));
+  for (int j = loose; j < dim; j += step) put(j, load4(o + row * dim + j));
   if (inverse_rms && threadIdx.x == 0) inverse_rms[row] = factor;
 }
 
@@ -320,27 +348,39 @@ void CudaModel::forward(bool hushed) {
     launched(multiply_blocks<Real>(stream_.get(), hear_, forward_blocks_, rows_, 0, spec_.dim / kBlock,
                                    StoreRows{o_, spec_.dim}));
   });
+  const uint8_t* resets = has_resets_ ? resets_ : nullptr;
+  if (call_tokens_ == 1) {
+    normalize_rows(o_, rows_, nullptr, broca_real_, inverse_rms_, OneToken{kappa_, active_->o(), resets, verdict_});
+    return;
+  }
   const int64_t channels = int64_t{call_streams_} * spec_.dim;
   integrate_kernel<<<static_cast<int>((channels + 127) / 128), 128, 0, stream_.get()>>>(
-      kappa_, active_->o(), has_resets_ ? resets_ : nullptr, call_streams_, call_tokens_, spec_.dim, o_, verdict_);
+      kappa_, active_->o(), resets, call_streams_, call_tokens_, spec_.dim, o_, verdict_);
   launched();
   normalize_rows(o_, rows_, nullptr, broca_real_, inverse_rms_);
 }
 
-void CudaModel::normalize_rows(const float* o, int64_t rows, float* broca, void* broca_real, float* inverse_rms) {
+template <class Input>
+void CudaModel::normalize_rows(float* o, int64_t rows, float* broca, void* broca_real, float* inverse_rms,
+                               Input input) {
   with_real(spec_.bf16, [&](auto real) {
     using Real = decltype(real);
     normalize_kernel<<<static_cast<unsigned>(rows), row_threads(spec_.dim), 0, stream_.get()>>>(
-        o, spec_.dim, broca, static_cast<Real*>(broca_real), inverse_rms);
+        o, spec_.dim, broca, static_cast<Real*>(broca_real), inverse_rms, input);
   });
   launched();
 }
 
-// Few streams leave the launch waiting for spikes most of the time: then the embedding's products are better made
-// outside it, for all tokens at once (`base`, one stream on an H200: 3.1 us a tick, inside 3.5). Not by the number of
-// tokens: cutting a text into other calls changes no bit.
+void CudaModel::normalize_rows(float* o, int64_t rows, float* broca, void* broca_real, float* inverse_rms) {
+  normalize_rows(o, rows, broca, broca_real, inverse_rms, Integrated{});
+}
+
+// A launch of few streams waits for spikes most of the time. Where weights are in registers, the embedding's products
+// cost it nothing then; elsewhere they are better made outside it, for all tokens at once (`base`, one stream on an
+// H100: 3.1 us a tick, inside 3.5). Not by the number of tokens: cutting a text into other calls changes no bit.
 const BrainPlan& CudaModel::brain_plan(int streams) const {
-  return inside_.usable && streams >= kInsideStreams && dense_shape(streams).group == 0 ? inside_ : outside_;
+  if (!inside_.usable || dense_shape(streams).group > 0) return outside_;
+  return streams >= kInsideStreams || register_shape(inside_, streams).group > 0 ? inside_ : outside_;
 }
 
 // `group` streams at a time, v and w in shared memory before weights, for those are read and written each tick.

@@ -351,7 +351,9 @@ class CudaModel final : public Model {
   BrainShape brain_shape(const BrainPlan& plan, int streams, int tokens) const;
   void count_spikes();
   Dropout dropout() const;
-  void normalize_rows(const float* o, int64_t rows, float* broca, void* broca_real, float* inverse_rms);
+  void normalize_rows(float* o, int64_t rows, float* broca, void* broca_real, float* inverse_rms);
+  template <class Input>
+  void normalize_rows(float* o, int64_t rows, float* broca, void* broca_real, float* inverse_rms, Input input);
 
   // decoder.cu
   void lay_out_decoder();

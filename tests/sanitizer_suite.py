@@ -77,7 +77,7 @@ def run(model):
         said = list(model.generate([ids[0, :3], ids[1, :7]], 4, seed=3, **sampling))
         assert len(said) == 4 and all(0 <= tokens.min() <= tokens.max() < model.config.vocab_size for tokens in said)
     model.brain.reset([0])
-    model.brain.step(model.embedding.encode(ids.reshape(-1)[: model.streams].copy()))
+    model.brain.step(model.embedding.encode(np.resize(ids, model.streams)))
     logits = np.empty((model.streams, model.config.vocab_size), np.float32)
     model.decoder.logits_into(model.brain.broca_output(), logits)
     assert np.isfinite(logits).all()
@@ -120,7 +120,8 @@ def glance(model):
     ids, targets = np.random.default_rng(1).integers(0, V, (2, 2, 3), np.int32)
     assert 0 < model.evaluate(ids, targets) < 100
     said = list(model.generate([ids[0], ids[1]], 2, seed=3, top_k=5, top_p=0.7))
-    assert len(said) == 2 and all((tokens >= 0).all() and (tokens < V).all() for tokens in said)
+    vocab = model.config.vocab_size
+    assert len(said) == 2 and all((tokens >= 0).all() and (tokens < vocab).all() for tokens in said)
 
 
 def quick():

@@ -375,24 +375,28 @@ void CudaModel::plan_launch(BrainPlan& plan, const std::vector<TileName>& names,
   plan.usable = true;
   const int slots = static_cast<int>((shared_limit_ - plan.table_bytes) / block_bytes);
 
-  const bool in_registers = brain_wanted_ != "sparse" && &plan == &inside_ && plan.most_tiles <= kRegisterWarps &&
-                            std::all_of(brain.begin(), brain.end(), [](const auto& terms) {
-                              return terms[0].size() <= kRegisterSlots[0] && terms[1].size() <= kRegisterSlots[1] &&
-                                     terms[2].size() <= kRegisterSlots[2];
-                            });
+  const auto all_tiles = [&](auto fits) { return std::all_of(brain.begin(), brain.end(), fits); };
+  plan.in_registers = brain_wanted_ != "sparse" && &plan == &inside_ && plan.most_tiles <= kRegisterWarps &&
+                      all_tiles([](const auto& terms) {
+                        return terms[0].size() <= kRegisterSlots[0] && terms[1].size() <= kRegisterSlots[1] &&
+                               terms[2].size() <= kRegisterSlots[2];
+                      });
+  plan.wide = plan.in_registers && plan.most_tiles <= kWideWarps && all_tiles([](const auto& terms) {
+                return terms[1].size() < kRegisterSlots[1] || terms[2].size() < kRegisterSlots[2];
+              });
   std::vector<BrainTile> tiles;
   std::vector<Term> terms;
   std::vector<Share> shares;
   std::vector<int32_t> resident;
   for (std::vector<int>& mine : owned) {
-    if (in_registers) {  // the lightest first: register_brain.cu puts those where warps are crowded
+    if (plan.in_registers) {  // the lightest first: register_brain.cuh puts those where warps are crowded
       std::stable_sort(mine.begin(), mine.end(), [&](int x, int y) { return terms_of(x) < terms_of(y); });
     }
     Share share{};
     share.tile_begin = static_cast<int32_t>(tiles.size());
     share.term_begin = static_cast<int32_t>(terms.size());
     share.resident_begin = static_cast<int32_t>(resident.size());
-    int slot = 0, near_single = 0, near = 0;
+    int slot = 0, near = 0;
     for (int tile : mine) {
       BrainTile entry = brain_tile(names[tile]);
       for (int kind = 0; kind < 3; ++kind) {
@@ -408,17 +412,14 @@ void CudaModel::plan_launch(BrainPlan& plan, const std::vector<TileName>& names,
         }
       }
       entry.terms[3] = static_cast<int32_t>(terms.size()) - share.term_begin;
-      near_single += register_near<true>(entry.terms), near += register_near<false>(entry.terms);
+      near += register_near(entry.terms);
       tiles.push_back(entry);
     }
     share.tiles = static_cast<int32_t>(mine.size());
     share.terms = static_cast<int32_t>(terms.size()) - share.term_begin;
     share.residents = slot;
     plan.most_slots = std::max(plan.most_slots, slot);
-    if (in_registers) {
-      plan.most_near_single = std::max(plan.most_near_single, near_single);
-      plan.most_near = std::max(plan.most_near, near);
-    }
+    plan.most_near = std::max(plan.most_near, near);
     plan.most_terms = std::max<int64_t>(plan.most_terms, share.terms);
     shares.push_back(share);
   }

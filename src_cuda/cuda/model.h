@@ -41,33 +41,32 @@ struct BrainShape {
   size_t shared_bytes;
 };
 
-// The brain launch that keeps weights in registers (register_brain.cu): warps of a block of threads, and how many terms
-// of each kind (gates, drives, delayed) a tile may have.
-constexpr int kRegisterWarps = 12;
+// The brain launches that keep weights in registers (register_brain.cuh): how many terms of each kind (gates, drives,
+// delayed) a tile may have.
 constexpr int kRegisterSlots[3] = {2, 3, 3};
-// Blocks of a kind that are in registers; the others are in shared memory. Single: a warp has eight streams or fewer.
-template <bool Single>
-__host__ __device__ constexpr int register_held(int kind) {
-  return Single ? (kind == 2 ? 2 : 1) : (kind == 0 ? 1 : kind == 1 ? 3 : 2);
-}
-// Blocks of a tile that are not.
-template <bool Single>
-__host__ __device__ constexpr int register_near(const int32_t (&terms)[4]) {
+constexpr size_t kRegisterTableBytes = 6 * kBlock * 4 + (8 + 4 + 2) * 8 + 16;  // of shared memory, of a warp
+// ... and what it keeps of v and w; columns: streams that a lane has.
+constexpr size_t register_state_bytes(int columns) { return size_t{2} * columns * 32 * 16; }
+// That of few streams (register_brain.cu): warps of a block of threads, streams of a warp at most, and the blocks of a
+// kind that are in registers; the others are in shared memory.
+constexpr int kRegisterWarps = 12, kRegisterStreams = 8;
+__host__ __device__ constexpr int register_held(int kind) { return kind == 2 ? 2 : 1; }
+__host__ __device__ constexpr int register_near(const int32_t (&terms)[4]) {  // of a tile
   int near = 0;
   for (int kind = 0; kind < 3; ++kind) {
-    const int beyond = terms[kind + 1] - terms[kind] - register_held<Single>(kind);
+    const int beyond = terms[kind + 1] - terms[kind] - register_held(kind);
     near += beyond > 0 ? beyond : 0;
   }
   return near;
 }
-// Bytes of shared memory: of a warp's tables; of its eight streams (one, where columns is 1); of what is on its way.
-constexpr size_t kRegisterTableBytes = 6 * kBlock * 4 + (8 + 4) * 8;
-constexpr size_t register_state_bytes(int columns) { return size_t{2} * columns * 32 * 16; }
-constexpr size_t kRegisterRingBytes = 8 * 32 * 16;
+// That of many (wide_brain.cu): streams of a warp at a time, of a lane, and what one term says to them.
+constexpr int kWideWarps = 10, kWideStreams = 16, kWideColumns = 4;
+constexpr size_t kWideRingBytes = 2 * 32 * 16;
 
 // group = 0: it is not for this connectome.
 struct RegisterShape {
-  int group, copies, chunks;  // streams at a time; warps of a tile; times eight streams of a warp
+  int group, copies, chunks;  // streams at a time; warps of a tile; what a warp takes one after the other
+  bool wide;
   int grid;
   size_t shared_bytes;
 };
@@ -166,9 +165,10 @@ struct BrainPlan {
   int64_t most_terms = 0;
   size_t table_bytes = 0;
   bool near = false;  // constants of neurons are in the tables
-  // Blocks of a share that are not in registers (register_brain.cu), most of all; -1: not for that launch. Where a warp
-  // has eight streams or fewer, and more.
-  int most_near_single = -1, most_near = -1;
+  // Whether its tiles fit the launches with weights in registers: of few streams, and then the blocks of a share that
+  // are not in registers, at most; of many.
+  bool in_registers = false, wide = false;
+  int most_near = 0;
 };
 
 // One weight block for the weight-gradient kernel.
@@ -306,7 +306,7 @@ class CudaModel final : public Model {
   DenseShape dense_shape(int streams) const;
   bool run_dense_brain();  // false: not a call for it
 
-  // register_brain.cu: the brain launch of sparse connectomes where a tile has a warp
+  // register_brain.cu: the brain launches of sparse connectomes where a tile has a warp
   RegisterShape register_shape(const BrainPlan& plan, int streams) const;
   void describe_registers(const RegisterShape& shape, const BrainPlan& plan,
                           std::vector<std::pair<std::string, std::string>>& out) const;

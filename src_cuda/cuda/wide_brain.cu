@@ -1,0 +1,380 @@
+// The brain launch of many streams where every tile has a warp of its own (register_brain.cuh).
+//
+// What bounds it is how long each warp waits for its own instructions: ten warps a multiprocessor, two or three a
+// scheduler, which issued 577 instructions in the 3,240 cycles of an item of eight streams (`base`, 64 streams on an
+// H200). So an item has sixteen: twice the independent work between two waits, and what an item costs whatever its
+// streams (places, tests, looking out for spikes) is paid half as often: about 800 instructions, no branch on the way.
+// Expected: 14 -> 8 to 9 us a tick. Cost: six blocks of weights, sums of sixteen streams and what is heard fill the
+// registers, v, w and what is on its way the shared memory; ten warps at most, no tile with both a third drive and a
+// third delayed term, and the second gate's block is read through the L1 cache.
+//
+// What slots say to the next item is asked for as soon as they have been heard.
+#include <type_traits>
+
+#include "register_brain.cuh"
+
+namespace neurogen::cuda {
+namespace {
+
+constexpr int kSteps = kWideStreams / kRows, kColumns = kWideColumns;  // of an item: times kRows streams; of a lane
+constexpr int kTermPieces = kSteps * 32;                               // of 16 bytes: what a term says to an item
+constexpr int kHearings = 5;                                           // of an item: kinds of spikes asked for together
+constexpr int kHeldBlocks = kSlots - 2;                                // in registers
+static_assert(kColumns == 2 * kSteps, "a lane has two rows of a step");
+static_assert(kTermPieces * sizeof(uint4) == kWideRingBytes, "the host plans with it");
+
+// past and w of an item in a lane's order.
+struct WideState {
+  float4 past[kColumns][32], w[kColumns][32];
+};
+static_assert(sizeof(WideState) == register_state_bytes(kColumns), "the host plans with it");
+
+// The register block of a slot: the third drive and the third delayed term, of which a tile has one, share a place.
+constexpr int kFarSlot = 1;
+__host__ __device__ constexpr int block_of(int slot) {
+  return slot == 0 ? 0 : slot == kSlots - 1 ? block_of(kFirstDelayed - 1) : slot - 1;
+}
+
+template <int N>
+using Slot = std::integral_constant<int, N>;
+
+// x in a register, not computed again wherever it is used.
+__device__ inline unsigned held(unsigned x) { return __shfl_sync(0xffffffffu, x, threadIdx.x % 32); }
+
+// sums += block * sources, in an order that leaves independent products between dependent ones.
+__device__ inline void multiply_add(Sums (&sums)[kSteps], const KeptBlock& block, const uint4 (&source)[kSteps]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      const uint4& part = block.operand[half * 2 + i / 2];
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        float (&x)[4][2] = sums[step].x;
+        const uint4& s = source[step];
+        tensor_product(x[i][0], x[i][1], x[i + 1][0], x[i + 1][1], part.x, part.y, part.z, part.w, half ? s.z : s.x,
+                       half ? s.w : s.y);
+      }
+    }
+  }
+}
+
+// The same, from a block in memory, half of it at a time.
+__device__ inline void multiply_add_far(Sums (&sums)[kSteps], const uint4* block, const uint4 (&source)[kSteps]) {
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const uint4 even = block[i * 32 + threadIdx.x % 32], odd = block[i * 32 + 32 + threadIdx.x % 32];
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      float (&x)[4][2] = sums[step].x;
+      const uint4& s = source[step];
+      tensor_product(x[i][0], x[i][1], x[i + 1][0], x[i + 1][1], even.x, odd.x, even.y, odd.y, s.x, s.y);
+      tensor_product(x[i][0], x[i][1], x[i + 1][0], x[i + 1][1], even.z, odd.z, even.w, odd.w, s.z, s.w);
+    }
+  }
+}
+
+// From shared memory each time, not kept in registers.
+__device__ inline float4 load4_again(const float* from) {
+  float4 x;
+  asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(from))));
+  return x;
+}
+
+// put4() and speak4() without a branch.
+template <bool Spoken>
+__device__ inline void store_if(bool counts, bf16* to, const Four<bf16>& x) {
+  const uint64_t bits = uint64_t{x.raw.y} << 32 | x.raw.x;
+  if constexpr (Spoken) {
+    asm volatile("{.reg .pred counts; setp.ne.s32 counts, %0, 0; @counts st.relaxed.gpu.global.b64 [%1], %2;}" ::"r"(
+                     static_cast<int>(counts)),
+                 "l"(to), "l"(bits)
+                 : "memory");
+  } else {
+    asm volatile("{.reg .pred counts; setp.ne.s32 counts, %0, 0; @counts st.global.b64 [%1], %2;}" ::"r"(
+                     static_cast<int>(counts)),
+                 "l"(to), "l"(bits)
+                 : "memory");
+  }
+}
+
+// What a lane has counted, four neurons in a word: a spike of each adds to its byte (0, 2, 1, 3).
+__device__ inline uint32_t spikes_of(const Four<bf16>& s) {
+  const auto mask = [](uint32_t raw) {
+    return __hne2_mask(reinterpret_cast<const __nv_bfloat162&>(raw), __float2bfloat162_rn(0.0f));
+  };
+  return (mask(s.raw.x) & 0x00010001u) | (mask(s.raw.y) & 0x01000100u);
+}
+
+// most_chunks: of a warp; counted: a power of two, tokens - 1 until counts of a byte may be full.
+__global__ void __launch_bounds__(kWideWarps * 32, 1)
+    run_wide_kernel(const __grid_constant__ BrainCall call, int copies, int most_chunks, int counted) {
+  // Silence, which is what empty slots hear; rings, term by term; of each warp tables and states.
+  extern __shared__ uint4 shared[];
+  if (threadIdx.x < kTermPieces) shared[threadIdx.x] = {0, 0, 0, 0};
+  __syncthreads();
+  const Share& share = call.shares[blockIdx.x % call.base_grid];
+  const int lane = held(threadIdx.x % 32), warp = threadIdx.x / 32, copy = warp / share.tiles;
+  if (copy >= copies) return;  // several warps have a tile, but no more than that
+  unsigned room = (1 + copies * share.terms) * kWideRingBytes;
+  room += warp * (sizeof(WarpTables) + most_chunks * sizeof(WideState));
+  WarpTables& tables = *reinterpret_cast<WarpTables*>(reinterpret_cast<char*>(shared) + held(room));
+  WideState* const states = reinterpret_cast<WideState*>(&tables + 1);
+  unsigned present;            // bits: slots that are not empty; kGated and so on
+  uint32_t rings[2] = {0, 0};  // bytes, slot by slot: the ring's number, 0 = silence
+  KeptBlock blocks[kHeldBlocks];
+  {
+    const Place place(call);
+    present = fill_tables(*place.tile, tables);
+    unsigned ring = 1 + copy * share.terms + place.tile->terms[0];
+#pragma unroll
+    for (int j = 0; j < kHeldBlocks; ++j) blocks[j] = KeptBlock(BlockWeights<bf16>{});
+#pragma unroll
+    for (int j = 0; j < kSlots; ++j) {
+      const Term* const term = place.term(j);
+      if (!term) continue;
+      const bf16* const from = static_cast<const bf16*>(call.weights) + int64_t{term->block} * kBlockArea;
+      BlockWeights<bf16> block;
+      block.load(from);
+      if (j != kFarSlot) {
+        blocks[block_of(j)] = KeptBlock(block);
+      } else if (lane == 0) {
+        tables.far = reinterpret_cast<const uint4*>(from);
+      }
+      present |= 1u << j;
+      rings[j / 4] |= ring++ << 8 * (j % 4);
+    }
+    present = held(present), rings[0] = held(rings[0]), rings[1] = held(rings[1]);
+    if (lane == 0) tables.counts = call.regions[place.tile->region].spike_count + place.tile->offset;
+  }
+  __syncwarp();
+  const auto receiver = [&] { return lane / 4 * 4; };
+  const auto row_of = [&](int column) { return column / 2 * kRows + lane % 4 * 2 + column % 2; };  // in an item
+  const auto gated = [&] { return (present & kGated) != 0; };
+  const auto ring = [&](int j) {
+    unsigned number;  // never kept in a register: there is none to spare
+    asm volatile("bfe.u32 %0, %1, %2, 8;" : "=r"(number) : "r"(rings[j / 4]), "r"(j % 4 * 8));
+    return shared + number * kTermPieces + lane;
+  };
+  const auto source = [&](int j) { return in_global<const bf16>(const_cast<bf16*>(tables.sources[j])); };
+  // All sixteen rows, also those that are not there: spare rows, of the next token or of other streams, of which
+  // nothing comes. (Panels and carried spikes have such rows behind them.)
+  const auto ask = [&](int j, int row0, unsigned slots) {
+    if (!(slots >> j & 1)) return;
+    const bf16* const from = source(j) + (row0 * kBlock + lane * 8);
+    uint4* const to = ring(j);
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) __pipeline_memcpy_async(to + i * 32, from + i * kStepValues, sizeof(uint4));
+  };
+  uint32_t spoken = 0;
+  const auto add_counts = [&] {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      add_count(tables.counts + receiver() + j, static_cast<int>(spoken >> (j / 2 + j % 2 * 2) * 8 & 0xff));
+    }
+    spoken = 0;
+  };
+
+  for (int first = 0; first < call.streams; first += call.stream_group) {
+    const int streams = min(call.stream_group, call.streams - first), replicas = gridDim.x / call.base_grid,
+              begin = (blockIdx.x / call.base_grid + copy * replicas) * kWideStreams,
+              stride = copies * replicas * kWideStreams;
+    if (begin >= streams) break;
+    int left = kWideStreams;
+    {
+      const int chunks = (streams - begin + stride - 1) / stride;
+      const int last_left = min(streams - begin - (chunks - 1) * stride, kWideStreams);
+      for (int chunk = 0; chunk < chunks; ++chunk) {
+#pragma unroll 1
+        for (int i = 0; i < kColumns; ++i) {
+          const int stream = min(begin + chunk * stride + row_of(i), streams - 1);
+          recall(call, first + stream, tables, states[chunk].past[i][lane], states[chunk].w[i][lane]);
+        }
+      }
+      if (chunks == 1) left = last_left;
+      if (lane == 0) {
+        tables.chunks = chunks, tables.last_left = last_left, tables.leap = call.streams - (chunks - 1) * stride;
+      }
+    }
+    find_sources(call, 0, tables);
+    int token = 0, chunk = 0, row0 = first + begin;
+#pragma unroll
+    for (int j = 0; j < kSlots; ++j) {
+      if (j == kFarSlot || j == kFirstDrive || j == kFirstDelayed - 1 || j == kFirstDelayed) __pipeline_commit();
+      ask(j, row0, present);
+    }
+    __pipeline_commit();
+#pragma unroll 1
+    while (token < call.tokens) {
+      // The item after this one; there is none where next_left is 0. What a walk is told comes from memory each time.
+      const volatile WarpTables& told = tables;
+      const int chunks = told.chunks, last_left = told.last_left;
+      const bool turn = chunk == chunks - 1;
+      const int next_token = token + turn, next_chunk = turn ? 0 : chunk + 1,
+                next_row0 =
+                    row0 + (turn ? told.leap : copies * static_cast<int>(gridDim.x / call.base_grid) * kWideStreams),
+                next_left = next_token == call.tokens  ? 0
+                            : next_chunk == chunks - 1 ? last_left
+                                                       : kWideStreams;
+      const unsigned asked = next_left ? present : 0;
+
+      Sums sums[kSteps];  // of the gates, then of the drives, then I
+      const auto take = [&](int i, float4 x) {
+        float (&to)[4][2] = sums[i / 2].x;
+        to[0][i % 2] = x.x, to[1][i % 2] = x.y, to[2][i % 2] = x.z, to[3][i % 2] = x.w;
+      };
+      const auto give = [&](int i) {
+        const float (&from)[4][2] = sums[i / 2].x;
+        return float4{from[0][i % 2], from[1][i % 2], from[2][i % 2], from[3][i % 2]};
+      };
+      // Adds what slots say, once it is there.
+      const auto hear = [&](auto first_slot, auto end_slot) {
+        constexpr int kFirst = first_slot.value, kCount = end_slot.value - kFirst;
+        uint4 heard[kCount][kSteps];
+        __pipeline_wait_prior(kHearings - 1);  // of so many: but for those that were asked for later
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) {
+          const uint4* const from = ring(kFirst + k);
+#pragma unroll
+          for (int i = 0; i < kSteps; ++i) heard[k][i] = from[i * 32];
+        }
+        const auto there = [&](int i) { return i * kRows + lane / 4 < left; };
+        const auto missing = [&] {  // one comparison for all of a row: no other word is as large
+          bool some = false;
+#pragma unroll
+          for (int i = 0; i < kSteps; ++i) {
+            unsigned largest = 0;
+#pragma unroll
+            for (int k = 0; k < kCount; ++k) largest = max(largest, max(heard[k][i].x, heard[k][i].z));
+            some |= largest == ~0u && there(i);
+          }
+          return some;
+        };
+#pragma unroll 1
+        while (__any_sync(0xffffffffu, missing())) {
+          if (chunks > 1) __nanosleep(40);
+#pragma unroll
+          for (int k = 0; k < kCount; ++k) {
+#pragma unroll
+            for (int i = 0; i < kSteps; ++i) {
+              if (!absent(heard[k][i]) || !there(i)) continue;
+              heard[k][i] = peek(source(kFirst + k) + (row0 * kBlock + lane * 8 + i * kStepValues));
+            }
+          }
+        }
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) {
+          if constexpr (kFirst == kFarSlot) {
+            multiply_add_far(sums, in_global<const uint4>(const_cast<uint4*>(tables.far)), heard[k]);
+          } else {
+            multiply_add(sums, blocks[block_of(kFirst + k)], heard[k]);
+          }
+        }
+      };
+      const auto ask_next = [&](int begin, int end) {
+#pragma unroll
+        for (int j = begin; j < end; ++j) ask(j, next_row0, asked);
+        __pipeline_commit();
+      };
+      const auto offset = [](int i) { return i / 2 * kStepValues + i % 2 * kBlock; };
+      const auto own_panel = [&](bf16* panel) {
+        return in_global<bf16>(panel) + ((row0 + row_of(0)) * kBlock + receiver());
+      };
+      const auto own = [&](int i) { return row_of(i) < left; };
+
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) zero(sums[i]);
+      hear(Slot<0>{}, Slot<kFarSlot>{});
+      ask_next(0, kFarSlot);
+      if (present >> kFarSlot & 1) hear(Slot<kFarSlot>{}, Slot<kFirstDrive>{});
+      ask_next(kFarSlot, kFirstDrive);
+      Four<bf16> gates[kColumns];
+      if (gated()) {
+        bf16* const g = own_panel(tables.g);
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) {
+          const float4 x = give(i);
+          gates[i] =
+              pack<bf16>({gate_of(x.x, bf16{}), gate_of(x.y, bf16{}), gate_of(x.z, bf16{}), gate_of(x.w, bf16{})});
+          store_if<false>(own(i), g + offset(i), gates[i]);
+        }
+      }
+      const float4 bias = load4(&tables.constants[5][receiver()]);
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) take(i, bias);
+      hear(Slot<kFirstDrive>{}, Slot<kFirstDelayed - 1>{});
+      ask_next(kFirstDrive, kFirstDelayed - 1);
+      hear(Slot<kFirstDelayed - 1>{}, Slot<kFirstDelayed>{});
+      ask_next(kFirstDelayed - 1, kFirstDelayed);
+      if (gated()) {
+        bf16* const d = own_panel(tables.d);
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) {
+          const float4 x = give(i), gate = unpack<bf16>(gates[i]);
+          store_if<false>(own(i), d + offset(i), pack<bf16>(x));
+          take(i, {x.x * gate.x, x.y * gate.y, x.z * gate.z, x.w * gate.w});
+        }
+      }
+      hear(Slot<kFirstDelayed>{}, Slot<kSlots - 1>{});
+      hear(Slot<kSlots - 1>{}, Slot<kSlots>{});
+      if (turn && next_token <= call.longest_delay) find_sources(call, next_token, tables);
+      ask_next(kFirstDelayed, kSlots);
+
+      // What the embedding says to the next token was written before the launch, and is far away by now.
+      constexpr int kLines = kSteps * kStepValues * sizeof(bf16) / 128;
+      static_assert(2 * kLines <= 32, "a line a lane");
+      if (lane < 2 * kLines && present & (lane < kLines ? kEmbeddedGate : kEmbeddedDrive) && token < call.tokens - 1) {
+        const bf16* there = tables.sources[lane < kLines ? 0 : kFirstDrive] + (row0 + call.streams) * kBlock;
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(there + lane % kLines * 64));
+      }
+
+      WideState& state = states[chunk];
+      const bool last = token == call.tokens - 1;  // then v itself is kept, for the calls after this one
+      float alpha[4], gain[4];
+      as_array(alpha, load4(&tables.constants[0][receiver()])), as_array(gain, load4(&tables.constants[1][receiver()]));
+      const auto again = [&](int which) { return load4_again(&tables.constants[which][receiver()]); };
+      bf16 *const s_at = own_panel(tables.s), *const u_at = own_panel(tables.u);
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) {
+        float past[4], w[4], v[4], s[4];
+        as_array(past, state.past[i][lane]), as_array(w, state.w[i][lane]), as_array(v, give(i));
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          v[j] = fmaf(gain[j], v[j], past[j]);
+          s[j] = emit(v[j], call.max_spike);
+        }
+        const Four<bf16> spikes = pack<bf16>({s[0], s[1], s[2], s[3]});
+        store_if<true>(own(i), s_at + offset(i), spikes);
+        store_if<false>(own(i), u_at + offset(i), pack<bf16>({v[0] - 1.0f, v[1] - 1.0f, v[2] - 1.0f, v[3] - 1.0f}));
+        spoken += own(i) ? spikes_of(spikes) : 0;
+        as_array(s, unpack<bf16>(spikes));
+        float rho[4], a[4], b[4];
+        as_array(rho, again(2)), as_array(a, again(3)), as_array(b, again(4));
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          w[j] = fmaf(rho[j], w[j], fmaf(a[j], v[j], b[j] * s[j]));
+          past[j] = last ? v[j] : past_of(v[j], w[j], s[j], alpha[j]);
+        }
+        state.past[i][lane] = {past[0], past[1], past[2], past[3]};
+        state.w[i][lane] = {w[0], w[1], w[2], w[3]};
+      }
+      if (last) {
+#pragma unroll 1
+        for (int i = 0; i < kColumns; ++i) {
+          if (own(i)) remember(call, row0 - token * call.streams + row_of(i), state.past[i][lane], state.w[i][lane]);
+        }
+      }
+      if (turn && (next_token & counted) == 0) add_counts();
+      token = next_token, chunk = next_chunk, row0 = next_row0, left = next_left;
+    }
+    add_counts();
+  }
+}
+
+}  // namespace
+
+const void* wide_kernel() { return reinterpret_cast<const void*>(&run_wide_kernel); }
+
+}  // namespace neurogen::cuda

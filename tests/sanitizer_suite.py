@@ -39,9 +39,10 @@ SPARSE = ng.Config(
     300, 96, (ng.Region("low", 160, 0), ng.Region("mid", 96, 1), ng.Region("high", 192, 2)),
     (
         ng.Projection("embedding", "low"), ng.Projection("embedding", "mid", kind="gate", density=0.1),
-        ng.Projection("embedding", "high", density=0.1), ng.Projection("low", "mid", density=0.4),
-        ng.Projection("low", "high", kind="gate", density=0.1), ng.Projection("mid", "high", density=0.1),
-        ng.Projection("low", "low", delay=1, density=0.1), ng.Projection("mid", "mid", delay=1, density=0.6),
+        ng.Projection("embedding", "high", density=0.1), ng.Projection("embedding", "high", kind="gate", density=0.1),
+        ng.Projection("low", "mid", density=0.4), ng.Projection("low", "high", kind="gate", density=0.1),
+        ng.Projection("mid", "high", density=0.1), ng.Projection("low", "low", delay=1, density=0.1),
+        ng.Projection("mid", "mid", delay=1),
         ng.Projection("high", "high", delay=3, density=0.3), ng.Projection("high", "low", delay=4, density=0.2),
         ng.Projection("mid", "broca_out"), ng.Projection("high", "broca_out", density=0.5),
     ), max_spike=4.0,

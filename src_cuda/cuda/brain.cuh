@@ -34,15 +34,15 @@ struct BrainCall {
   const int32_t* age;
   Verdict* verdict;
   int streams, tokens, levels, stream_group, region_count, base_grid;
-  int longest_delay;        // of a projection
-  int table_bytes;   // of shared memory before the resident blocks
-  bool near;         // constants of the share's neurons are among them
-  int slots;         // resident blocks of a share at most
-  bool local_state;  // past, w and spike counts stay in shared memory, after the resident blocks; else there is room
-                     // for what a warp works on, v and w are in global memory, and count_spikes_kernel counts
-  bool prefetch;     // weights that are not resident do not stay in the L2 cache either
-  bool embedded;     // d and g hold the embedding's share; else its blocks are among the terms
-  float max_spike;   // 1 where spikes are binary
+  int longest_delay;  // of a projection
+  int table_bytes;    // of shared memory before the resident blocks
+  bool near;          // constants of the share's neurons are among them
+  int slots;          // resident blocks of a share at most
+  bool local_state;   // past, w and spike counts stay in shared memory, after the resident blocks; else there is room
+                      // for what a warp works on, v and w are in global memory, and count_spikes_kernel counts
+  bool prefetch;      // weights that are not resident do not stay in the L2 cache either
+  bool embedded;      // d and g hold the embedding's share; else its blocks are among the terms
+  float max_spike;    // 1 where spikes are binary
   Dropout dropout;
 };
 

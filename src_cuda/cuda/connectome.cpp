@@ -60,8 +60,8 @@ int stream_group_override() {
   return static_cast<int>(value);
 }
 
-// Which brain launch: for tests and measuring. sparse: that of forward.cu. registers: that one, or the one of
-// register_brain.cu where it fits. dense: that of dense_brain.cu for every connectome (bf16, and calls large enough).
+// Which brain launch: for tests and measuring. sparse: that of forward.cu. registers: that one, or those of
+// register_brain.cu where they fit. dense: that of dense_brain.cu for every connectome (bf16, and calls large enough).
 std::string brain_override() {
   const char* text = std::getenv("NEUROGEN_BRAIN");
   const std::string name = text ? text : "";
@@ -376,11 +376,10 @@ void CudaModel::plan_launch(BrainPlan& plan, const std::vector<TileName>& names,
   const int slots = static_cast<int>((shared_limit_ - plan.table_bytes) / block_bytes);
 
   const auto all_tiles = [&](auto fits) { return std::all_of(brain.begin(), brain.end(), fits); };
-  plan.in_registers = brain_wanted_ != "sparse" && &plan == &inside_ && plan.most_tiles <= kRegisterWarps &&
-                      all_tiles([](const auto& terms) {
-                        return terms[0].size() <= kRegisterSlots[0] && terms[1].size() <= kRegisterSlots[1] &&
-                               terms[2].size() <= kRegisterSlots[2];
-                      });
+  plan.in_registers = &plan == &inside_ && plan.most_tiles <= kRegisterWarps && all_tiles([](const auto& terms) {
+    return terms[0].size() <= kRegisterSlots[0] && terms[1].size() <= kRegisterSlots[1] &&
+           terms[2].size() <= kRegisterSlots[2];
+  });
   plan.wide = plan.in_registers && plan.most_tiles <= kWideWarps && all_tiles([](const auto& terms) {
                 return terms[1].size() < kRegisterSlots[1] || terms[2].size() < kRegisterSlots[2];
               });
@@ -448,7 +447,7 @@ std::vector<std::pair<std::string, std::string>> CudaModel::execution_plan() con
       {"logits at a time", std::to_string(logit_rows_) + " rows"}};
   const DenseShape dense = dense_shape(spec_.streams);
   if (dense.group > 0) describe_dense(dense, out);
-  describe_registers(register_shape(plan, spec_.streams), plan, out);
+  if (brain_wanted_ != "sparse") describe_registers(register_shape(plan, spec_.streams), plan, out);
   return out;
 }
 

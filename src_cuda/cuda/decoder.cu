@@ -20,9 +20,7 @@
 namespace neurogen::cuda {
 namespace {
 
-// Of logits at a time: enough rows for products at full speed. 4,224 rows of 32,000: the library's tiles of 128 rows
-// then fill 132 multiprocessors 25 and 2 times, with nothing left over.
-constexpr size_t kChunkBytes = size_t{258} << 20;
+constexpr size_t kChunkBytes = size_t{256} << 20;  // of logits at a time: enough rows for products at full speed
 constexpr int kRowUnit = 128;  // rows of a chunk come in multiples of this
 
 constexpr int kHeld = 4;  // pieces a thread keeps in registers between its passes over a row, where it is long

@@ -55,7 +55,7 @@ __device__ void add_counts(const BrainCall& call, uint32_t (&spoken)[2]) {
 }
 
 // Columns: 1 where there is one stream.
-template <int Columns>
+template <int Columns, bool Resets>
 __global__ void __launch_bounds__(kThreads, 1) run_register_kernel(const __grid_constant__ BrainCall call, int copies) {
   constexpr unsigned kNearSlots = near_slots();  // bits: slots whose blocks are in shared memory
   extern __shared__ uint4 shared[];
@@ -133,6 +133,8 @@ __global__ void __launch_bounds__(kThreads, 1) run_register_kernel(const __grid_
       };
       const auto give = [&](int i) { return float4{sums.x[0][i], sums.x[1][i], sums.x[2][i], sums.x[3][i]}; };
       zero(sums);
+      int age = kForever;  // of the lane's row: tokens since its stream's last reset
+      if (Resets && lane / 4 < left) age = call.age[row0 + lane / 4];
 #pragma unroll
       for (int j = 0; j < kSlots; ++j) {
         if ((wanted & ~known) >> j & 1) sources[j].raw = peek(source_at(j, row0));
@@ -159,6 +161,8 @@ __global__ void __launch_bounds__(kThreads, 1) run_register_kernel(const __grid_
           if (absent(sources[j].raw)) sources[j].raw = peek(source_at(j, row0));
         }
       }
+#pragma unroll
+      for (int j = kFirstDelayed; j < kSlots && Resets; ++j) sources[j].mask(age >= tables.delays[j - kFirstDelayed]);
       const int place = (row0 + lane_row()) * kBlock + lane_receiver();
       const auto multiply = [&](int j) {
         if (known >> j & 1) return;
@@ -205,6 +209,9 @@ __global__ void __launch_bounds__(kThreads, 1) run_register_kernel(const __grid_
       for (int i = 0; i < Columns; ++i) {
         float past[4], w[4], v[4], s[4];
         as_array(past, state.past[i][lane]), as_array(w, state.w[i][lane]);
+        if (Resets && __shfl_sync(0xffffffffu, age, (lane_row() + i) * 4) == 0) {
+          as_array(past, float4{0, 0, 0, 0}), as_array(w, float4{0, 0, 0, 0});
+        }
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           v[j] = fmaf(constants.gain[j], sums.x[j][i], past[j]);
@@ -241,13 +248,18 @@ __global__ void __launch_bounds__(kThreads, 1) run_register_kernel(const __grid_
 
 bool CudaModel::run_register_brain(const BrainPlan& plan) {
   const RegisterShape shape = register_shape(plan, call_streams_);
-  if (shape.group == 0 || has_resets_) return false;
+  if (shape.group == 0 || brain_wanted_ == "sparse") return false;
   BrainCall call = brain_call(plan);
   call.stream_group = shape.group;
   call.longest_delay = *std::max_element(history_.begin(), history_.end());
-  const void* kernel = shape.wide           ? wide_kernel()
-                       : call_streams_ == 1 ? reinterpret_cast<const void*>(&run_register_kernel<1>)
-                                            : reinterpret_cast<const void*>(&run_register_kernel<2>);
+  const auto few = [&](auto resets) {
+    constexpr bool kResets = decltype(resets)::value;
+    return call_streams_ == 1 ? reinterpret_cast<const void*>(&run_register_kernel<1, kResets>)
+                              : reinterpret_cast<const void*>(&run_register_kernel<2, kResets>);
+  };
+  const void* kernel = shape.wide    ? wide_kernel(has_resets_)
+                       : has_resets_ ? few(std::true_type{})
+                                     : few(std::false_type{});
   NG_CUDA(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes)));
   int copies = shape.copies, chunks = shape.chunks, counted = 1;  // tokens until counts of a byte may be full

@@ -3,7 +3,7 @@
 // the spikes it needs as in brain.cuh; it never holds up another tile.
 //
 // Every kind of term has places (slots), so that nothing has to find out which kind comes next. The order of every sum
-// is that of run_tile(), which calls with resets go to: the same to the last bit.
+// is that of run_tile(), which calls with dropout go to: the same to the last bit.
 #pragma once
 
 #include "brain.cuh"
@@ -12,6 +12,7 @@ namespace neurogen::cuda {
 
 constexpr int kFirstDrive = kRegisterSlots[0], kFirstDelayed = kFirstDrive + kRegisterSlots[1],
               kSlots = kFirstDelayed + kRegisterSlots[2];
+constexpr int kForever = 1 << 30;  // age of a row that is not there
 constexpr unsigned kGated = 1u << 31, kEmbeddedGate = 1u << 30, kEmbeddedDrive = 1u << 29;
 
 // A neuron's constants, for the lane's four.
@@ -28,10 +29,12 @@ struct WarpTables {
   float constants[6][kBlock];   // the sixth: biases
   const bf16* sources[kSlots];  // so that row r of the call is kBlock r values further
   bf16 *u, *s, *d, *g;          // row 0
-  // wide_brain.cu: a block of weights that has no place elsewhere, the tile's spike counts, and what a walk is told.
+  int delays[kSlots - kFirstDelayed];
+  int unused;
+  // wide_brain.cu: what a walk is told, a block of weights that has no place elsewhere, and the tile's spike counts.
+  int chunks, last_left, leap, unused_too;
   const uint4* far;
   int* counts;
-  int chunks, last_left, leap, unused;
 };
 static_assert(sizeof(WarpTables) == kRegisterTableBytes, "the host plans with it");
 static_assert(sizeof(WarpTables) % sizeof(uint4) == 0, "states follow");
@@ -83,6 +86,7 @@ __device__ inline void find_sources(const BrainCall& call, int token, WarpTables
       at = static_cast<const bf16*>(call.states[term.region].recent) + (newest - token) * call.streams * kBlock;
     }
     tables.sources[lane] = at;
+    if (lane >= kFirstDelayed) tables.delays[lane - kFirstDelayed] = term.delay;
   }
   __syncwarp();
 }
@@ -123,6 +127,6 @@ __device__ inline void add_count(int* count, int spoken) {
   if (threadIdx.x % 4 == 0 && spoken) atomicAdd(count, spoken);
 }
 
-const void* wide_kernel();  // wide_brain.cu
+const void* wide_kernel(bool resets);  // wide_brain.cu
 
 }  // namespace neurogen::cuda

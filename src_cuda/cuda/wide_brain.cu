@@ -109,6 +109,7 @@ __device__ inline uint32_t spikes_of(const Four<bf16>& s) {
 }
 
 // most_chunks: of a warp; counted: a power of two, tokens - 1 until counts of a byte may be full.
+template <bool Resets>
 __global__ void __launch_bounds__(kWideWarps * 32, 1)
     run_wide_kernel(const __grid_constant__ BrainCall call, int copies, int most_chunks, int counted) {
   // Silence, which is what empty slots hear; rings, term by term; of each warp tables and states.
@@ -220,6 +221,10 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
                                                        : kWideStreams;
       const unsigned asked = next_left ? present : 0;
 
+      int age[kSteps];  // of the lane's row of each step: tokens since its stream's last reset
+#pragma unroll
+      for (int i = 0; i < kSteps && Resets; ++i) age[i] = call.age[row0 + min(i * kRows + lane / 4, left - 1)];
+
       Sums sums[kSteps];  // of the gates, then of the drives, then I
       const auto take = [&](int i, float4 x) {
         float (&to)[4][2] = sums[i / 2].x;
@@ -266,6 +271,10 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
         }
 #pragma unroll
         for (int k = 0; k < kCount; ++k) {
+#pragma unroll
+          for (int i = 0; i < kSteps && Resets && kFirst >= kFirstDelayed; ++i) {
+            if (age[i] < tables.delays[kFirst + k - kFirstDelayed]) heard[k][i] = {0, 0, 0, 0};
+          }
           if constexpr (kFirst == kFarSlot) {
             multiply_add_far(sums, in_global<const uint4>(const_cast<uint4*>(tables.far)), heard[k]);
           } else {
@@ -340,6 +349,9 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
       for (int i = 0; i < kColumns; ++i) {
         float past[4], w[4], v[4], s[4];
         as_array(past, state.past[i][lane]), as_array(w, state.w[i][lane]), as_array(v, give(i));
+        if (Resets && __shfl_sync(0xffffffffu, age[i / 2], (lane % 4 * 2 + i % 2) * 4) == 0) {
+          as_array(past, float4{0, 0, 0, 0}), as_array(w, float4{0, 0, 0, 0});
+        }
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           v[j] = fmaf(gain[j], v[j], past[j]);
@@ -375,6 +387,9 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
 
 }  // namespace
 
-const void* wide_kernel() { return reinterpret_cast<const void*>(&run_wide_kernel); }
+const void* wide_kernel(bool resets) {
+  return resets ? reinterpret_cast<const void*>(&run_wide_kernel<true>)
+                : reinterpret_cast<const void*>(&run_wide_kernel<false>);
+}
 
 }  // namespace neurogen::cuda

@@ -22,7 +22,7 @@ DRIVER, RUNTIME = 1, 2  # CUpti_CallbackDomain
 ENTER = 0  # CUpti_ApiCallbackSite
 WAITS = re.compile(r"cu(da)?(\w+Synchronize|Memcpy(?!\w*Async)\w*|Memset(?!\w*Async)\w*)")
 ALLOCATIONS = re.compile(r"cu(da)?(\w*Malloc\w*|MemAlloc\w*|HostAlloc\w*|MemHostAlloc\w*|MemCreate\w*|HostRegister\w*)")
-BRAIN = ("run_brain", "run_register", "run_dense")
+BRAIN = ("run_brain", "run_register", "run_wide", "run_dense")
 
 
 class CallbackData(ctypes.Structure):

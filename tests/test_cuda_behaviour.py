@@ -153,6 +153,31 @@ def test_weights_in_registers_or_in_shared_memory_give_the_same_bits(monkeypatch
         assert end == sparse
 
 
+@pytest.mark.parametrize("cfg", [SPARSE, BASE], ids=["sparse", "base"])
+def test_calls_of_any_size_one_after_the_other_give_the_same_bits(monkeypatch, cfg):
+    """Spikes of a call are told from those that earlier ones have left, whatever rows those had."""
+    rng = np.random.default_rng(0)
+    B, sizes = 20, (7, 3, 5, 7, 1, 7, 7, 2)
+    parts = [rng.integers(0, cfg.vocab_size, (B, T), dtype=np.int32) for T in sizes]
+    ends = []
+    for brain in ("sparse", "registers"):
+        monkeypatch.setenv("NEUROGEN_BRAIN", brain)
+        model = ng.NeuroGen(cfg, backend="cuda", streams=B, max_tokens=max(sizes), seed=1)
+        assert ("a tile" in model.execution_plan["brain launch"]) == (brain == "registers")
+        said = []
+        for number, part in enumerate(parts):
+            result = model.train_step_batch(part, np.roll(part, -1, 1).copy(), record=True)
+            spikes = [model.recorded(region.name)[1] for region in cfg.regions]
+            assert min(array.min() for array in spikes) == 0.0
+            said += [result.loss, result.grad_norm, *(array.tobytes() for array in spikes)]
+            if number % 3 == 0:
+                said.append(model.evaluate(part, np.roll(part, -1, 1).copy()))
+            if number % 3 == 1:
+                said += [ids.tolist() for ids in model.generate(part[:, :2].copy(), 11, seed=2)]
+        ends.append((said, contents(model)))
+    assert ends[0] == ends[1]
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_small_has_a_brain_launch_of_its_own(monkeypatch, dropout):
     """Bands of streams share what streams through shared memory, and the last group has fewer of them: same bits. The

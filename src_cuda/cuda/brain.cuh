@@ -43,6 +43,7 @@ struct BrainCall {
   bool prefetch;      // weights that are not resident do not stay in the L2 cache either
   bool embedded;      // d and g hold the embedding's share; else its blocks are among the terms
   float max_spike;    // 1 where spikes are binary
+  uint32_t sign;      // of every spike of the call (wide_brain.cu): 0, or the sign bits of two bf16
   Dropout dropout;
 };
 

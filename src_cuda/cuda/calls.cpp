@@ -297,6 +297,7 @@ void CudaModel::recorded(int index, float* u, float* s, float* gate) const {
       uint32_t bits = 0;  // a bf16 is the upper half of a float
       std::memcpy(reinterpret_cast<char*>(&bits) + sizeof(bits) - real_size(), raw.data() + i * real_size(),
                   real_size());
+      if (from == region.s) bits &= 0x7fffffffu;  // see hush()
       std::memcpy(to + at, &bits, sizeof(bits));
     }
   }

@@ -138,47 +138,6 @@ __global__ void __launch_bounds__(kBrainThreads, 1) run_brain_kernel(const __gri
   }
 }
 
-// Before the launch: every spike of the call becomes "not written yet", those of earlier calls become Real, and none is
-// counted. A block of threads takes tiles, 2^log_threads threads each; blockIdx.y: shares of a tile's work.
-template <class Real>
-__global__ void __launch_bounds__(kWide)
-    hush_kernel(const RegionView* regions, const StateView* states, const TileName* tiles, int tile_count, int64_t rows,
-                int streams, int log_threads) {
-  constexpr int kAtOnce = 4;
-  const int tile = blockIdx.x * (kWide >> log_threads) + (threadIdx.x >> log_threads);
-  if (tile >= tile_count) return;
-  const TileName name = tiles[tile];
-  const RegionView region = regions[name.region];
-  const StateView state = states[name.region];
-  const int64_t panel = name.offset / kBlock, step = int64_t{gridDim.y} << log_threads,
-                begin = (int64_t{blockIdx.y} << log_threads) + (threadIdx.x & ((1 << log_threads) - 1)),
-                words = rows * kBlock * sizeof(Real) / sizeof(uint4);
-  const uint4 silence = {~0u, ~0u, ~0u, ~0u};
-  const auto hush = [&](void* spikes) {
-    auto* to = reinterpret_cast<uint4*>(static_cast<Real*>(spikes) + panel * region.stride);
-    for (int64_t i = begin; i < words; i += step) to[i] = silence;
-  };
-  hush(region.s);
-  if (region.emitted != region.s) hush(region.emitted);
-  if (begin < kBlock / 4) reinterpret_cast<int4*>(region.spike_count + name.offset)[begin] = {0, 0, 0, 0};
-  const int64_t carried = int64_t{region.history} * streams * (kBlock / 4);  // fours
-  Real* const recent = static_cast<Real*>(state.recent) + panel * carried * 4;
-  const float* const from = state.spikes + name.offset;
-  for (int64_t first = begin; first < carried; first += kAtOnce * step) {  // several on their way
-    float4 x[kAtOnce];
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
-      const int64_t i = min(first + j * step, carried - 1);
-      x[j] = load4(from + i / 8 * region.n + i % 8 * 4);
-    }
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
-      const int64_t i = first + j * step;
-      if (i < carried) store4(recent + 4 * i, x[j]);
-    }
-  }
-}
-
 // The embedding's share of the drive, with the bias.
 template <class Real>
 struct StoreDrive {
@@ -207,11 +166,16 @@ struct StoreGate {
   }
 };
 
+// Sums over spikes, whose sign is taken off again; by a difference, for no sum is -0.
 struct StoreRows {
   float* out;
   int64_t ld;
+  bool negative;
   __device__ auto open(int tile, int lane) const {
-    return [to = out + tile * kBlock + lane, ld = ld](int64_t row, float4 sums) { store4(to + row * ld, sums); };
+    return [to = out + tile * kBlock + lane, ld = ld, negative = negative](int64_t row, float4 sums) {
+      if (negative) sums = {0.0f - sums.x, 0.0f - sums.y, 0.0f - sums.z, 0.0f - sums.w};
+      store4(to + row * ld, sums);
+    };
   }
 };
 
@@ -346,7 +310,7 @@ void CudaModel::forward(bool hushed) {
     }
     run_brain(hushed);
     launched(multiply_blocks<Real>(stream_.get(), hear_, forward_blocks_, rows_, 0, spec_.dim / kBlock,
-                                   StoreRows{o_, spec_.dim}));
+                                   StoreRows{o_, spec_.dim, negative_}));
   });
   const uint8_t* resets = has_resets_ ? resets_ : nullptr;
   if (call_tokens_ == 1) {
@@ -429,23 +393,6 @@ BrainShape CudaModel::brain_shape(const BrainPlan& plan, int streams, int tokens
   return best.group ? best : shape_of(plan, std::min(limit, kGlobalStateStreams), tokens);
 }
 
-void CudaModel::hush() {
-  // A thread of a tile for each 16 bytes of its spikes and each four it carries, up to kWide; then more blocks, of
-  // which there are enough when each thread has two of them.
-  const int64_t carried = int64_t{*std::max_element(history_.begin(), history_.end())} * call_streams_,
-                fours = std::max(rows_, carried) * (kBlock / 4);
-  int log_threads = 3;
-  while (1 << log_threads < std::min<int64_t>(fours, kWide)) ++log_threads;
-  const int tiles_each = kWide >> log_threads;
-  const dim3 hush_grid((tiles_ + tiles_each - 1) / tiles_each,
-                       static_cast<unsigned>(std::clamp<int64_t>(fours / (2 * kWide), 1, 64)));
-  with_real(spec_.bf16, [&](auto real) {
-    hush_kernel<decltype(real)><<<hush_grid, kWide, 0, stream_.get()>>>(region_views_, active_->views(), tile_names_,
-                                                                        tiles_, rows_, call_streams_, log_threads);
-  });
-  launched();
-}
-
 // What every brain launch is told; how it goes about it is the launch's to fill in.
 BrainCall CudaModel::brain_call(const BrainPlan& plan) const {
   BrainCall call{};
@@ -458,13 +405,19 @@ BrainCall CudaModel::brain_call(const BrainPlan& plan) const {
   call.region_count = static_cast<int>(regions_.size()), call.base_grid = base_grid_;
   call.embedded = &plan == &outside_;
   call.max_spike = spec_.graded ? spec_.max_spike : 1.0f;
+  call.sign = negative_ ? kTwoSigns : 0;
   call.dropout = dropout();
   return call;
 }
 
 void CudaModel::run_brain(bool hushed) {
-  if (!hushed) hush();
   const BrainPlan& plan = brain_plan(call_streams_);
+  if (!hushed) hush(call_shape(plan).wide);
+  launch_brain(plan);
+  if (!hushed) note_spikes(rows_, negative_ ? SpikeSign::negative : SpikeSign::positive);
+}
+
+void CudaModel::launch_brain(const BrainPlan& plan) {
   if (run_dense_brain() || run_register_brain(plan)) return;
   const BrainShape shape = brain_shape(plan, call_streams_, call_tokens_);
   BrainCall call = brain_call(plan);

@@ -281,7 +281,8 @@ class CudaModel final : public Model {
   RegisterShape register_shape(const BrainPlan& plan, int streams) const;
   void describe_registers(const RegisterShape& shape, const BrainPlan& plan,
                           std::vector<std::pair<std::string, std::string>>& out) const;
-  bool run_register_brain(const BrainPlan& plan);  // false: not a call for it
+  RegisterShape call_shape(const BrainPlan& plan) const;  // of this call
+  bool run_register_brain(const BrainPlan& plan);         // false: not a call for it
 
   // tokens.cu
   void begin(CudaState& state, int streams, int tokens);
@@ -312,11 +313,16 @@ class CudaModel final : public Model {
   void remember_state();  // Faults: the state that this step would have left was not finite
   void settle();          // wait(), and throws what calls that did not wait have left
 
+  // hush.cu
+  void hush(bool by_sign = false);  // before the brain launch: no spike of the call is written yet
+  void hush_rows(int64_t first, int64_t rows, uint32_t silence, bool carried);
+  void note_spikes(int64_t rows, SpikeSign sign);
+
   // forward.cu
   void forward(bool hushed = false);
-  void hush();  // before the brain launch: no spike of the call is written yet
   BrainCall brain_call(const BrainPlan& plan) const;
   void run_brain(bool hushed);
+  void launch_brain(const BrainPlan& plan);
   const BrainPlan& brain_plan(int streams) const;
   BrainShape shape_of(const BrainPlan& plan, int group, int tokens) const;
   BrainShape brain_shape(const BrainPlan& plan, int streams, int tokens) const;
@@ -459,6 +465,8 @@ class CudaModel final : public Model {
   uint8_t* resets_ = nullptr;                       // [M]
   int32_t* age_ = nullptr;  // [M] tokens since the stream's last reset in this call, large without one
   std::vector<double> rates_;
+  std::vector<SignedRows> signs_;  // of the spikes that panels hold, from the first row on
+  bool negative_ = false;          // spikes of this call
 
   void* x_ = nullptr;              // Real, panels
   float* dx_ = nullptr;            // [M, D]

@@ -59,6 +59,8 @@ __device__ inline float2 as_floats(uint32_t pair) {
   return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
 }
 
+constexpr uint32_t kTwoSigns = 0x80008000u;  // sign bits of two bf16
+
 // Four neighbouring values, aligned to four.
 __device__ inline float4 load4(const float* p) { return *reinterpret_cast<const float4*>(p); }
 __device__ inline float4 load4(const bf16* p) {

@@ -247,8 +247,8 @@ __global__ void __launch_bounds__(kThreads, 1) run_register_kernel(const __grid_
 }  // namespace
 
 bool CudaModel::run_register_brain(const BrainPlan& plan) {
-  const RegisterShape shape = register_shape(plan, call_streams_);
-  if (shape.group == 0 || brain_wanted_ == "sparse") return false;
+  const RegisterShape shape = call_shape(plan);
+  if (shape.group == 0) return false;
   BrainCall call = brain_call(plan);
   call.stream_group = shape.group;
   call.longest_delay = *std::max_element(history_.begin(), history_.end());
@@ -270,6 +270,10 @@ bool CudaModel::run_register_brain(const BrainPlan& plan) {
                                       shape.shared_bytes, stream_.get()));
   launched();
   return true;
+}
+
+RegisterShape CudaModel::call_shape(const BrainPlan& plan) const {
+  return brain_wanted_ == "sparse" ? RegisterShape{} : register_shape(plan, call_streams_);
 }
 
 // Few streams: all at once, if there are warps enough for that. Many: as many at a time as there is shared memory for.

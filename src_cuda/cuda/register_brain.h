@@ -40,4 +40,11 @@ struct RegisterShape {
   size_t shared_bytes;
 };
 
+// Signs of the spikes of rows up to `end` from the one before on (hush.cu).
+enum class SpikeSign { positive, negative, unknown };
+struct SignedRows {
+  int64_t end;
+  SpikeSign sign;
+};
+
 }  // namespace neurogen::cuda

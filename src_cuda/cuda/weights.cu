@@ -26,6 +26,7 @@ struct Gradients {
   int64_t rows, stride;  // stride: values from a panel to the next
   int streams;
   bool accumulate;
+  bool negative;  // spikes, see CudaModel::hush
 };
 
 // Where a row of the sources of earlier calls is, `back` rows before the call's first, among the carried ones of its
@@ -174,8 +175,10 @@ __global__ void __launch_bounds__(kGroup * 32) multiply_errors_kernel(Gradients 
   }
   if (!busy) return;
   float* out = p.out + int64_t{job.block} * kBlockArea;
+  const bool negative = p.negative && group.region >= 0;
   sum.each([&](int receiver, int source, float value) {
     float& to = out[receiver * kBlock + source];
+    if (negative) value = 0.0f - value;
     to = p.accumulate ? to + value : value;
   });
 }
@@ -234,6 +237,7 @@ __global__ void __launch_bounds__(kRingThreads, 1) multiply_rectangle_kernel(Gra
       for (int half = 0; half < 2; ++half) {
         float2& to = *reinterpret_cast<float2*>(out + (i % 2 * 16 + half * 8 + g) * kBlock + j % 4 * 8 + 2 * t);
         float2 sum = {product.sum[i][j][2 * half], product.sum[i][j][2 * half + 1]};
+        if (p.negative && job.region >= 0) sum = {0.0f - sum.x, 0.0f - sum.y};
         if (p.accumulate) sum.x += to.x, sum.y += to.y;
         to = sum;
       }
@@ -246,7 +250,8 @@ __global__ void __launch_bounds__(kRingThreads, 1) multiply_rectangle_kernel(Gra
 void CudaModel::weight_gradients(bool accumulate) {
   constexpr int kShared = 2 * (1 + kGroup) * kPieceBytes;
   const Gradients job{groups_,    rectangles_, region_views_,  active_->views(), has_resets_ ? age_ : nullptr,
-                      gradients_, rows_,       panel_values(), call_streams_,    accumulate};
+                      gradients_, rows_,       panel_values(), call_streams_,    accumulate,
+                      negative_};
   const auto launch = [&](auto kernel, int64_t grid, int threads, int shared) {
     if (!grid) return;
     NG_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));

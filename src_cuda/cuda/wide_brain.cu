@@ -18,8 +18,9 @@ namespace {
 
 constexpr int kSteps = kWideStreams / kRows, kColumns = kWideColumns;  // of an item: times kRows streams; of a lane
 constexpr int kTermPieces = kSteps * 32;                               // of 16 bytes: what a term says to an item
-constexpr int kHearings = 5;                                           // of an item: kinds of spikes asked for together
-constexpr int kHeldBlocks = kSlots - 2;                                // in registers
+constexpr int kEmbedded = 8;             // bits from here on: slots that hear the embedding
+constexpr int kHearings = 5;             // of an item: kinds of spikes asked for together
+constexpr int kHeldBlocks = kSlots - 2;  // in registers
 static_assert(kColumns == 2 * kSteps, "a lane has two rows of a step");
 static_assert(kTermPieces * sizeof(uint4) == kWideRingBytes, "the host plans with it");
 
@@ -37,6 +38,22 @@ __host__ __device__ constexpr int block_of(int slot) {
 
 template <int N>
 using Slot = std::integral_constant<int, N>;
+
+// Whether spikes are still to be written: the sign bit says so, for they have not the sign of this call yet
+// (CudaModel::hush). Spikes are written eight bytes at a time.
+__device__ inline unsigned unspoken(const uint4& raw, uint32_t sign) { return (raw.x ^ sign) | (raw.z ^ sign); }
+__device__ inline bool sign_bit(unsigned x) { return static_cast<int>(x) < 0; }
+
+__device__ inline uint4 flip(const uint4& x, uint32_t sign) { return {x.x ^ sign, x.y ^ sign, x.z ^ sign, x.w ^ sign}; }
+__device__ inline Four<bf16> flip(const Four<bf16>& x, uint32_t sign) { return {{x.raw.x ^ sign, x.raw.y ^ sign}}; }
+
+// A block for sources that have this sign.
+__device__ inline KeptBlock flip(const BlockWeights<bf16>& weights, uint32_t sign) {
+  KeptBlock block(weights);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) block.operand[i] = flip(block.operand[i], sign);
+  return block;
+}
 
 // x in a register, not computed again wherever it is used.
 __device__ inline unsigned held(unsigned x) { return __shfl_sync(0xffffffffu, x, threadIdx.x % 32); }
@@ -114,7 +131,8 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
     run_wide_kernel(const __grid_constant__ BrainCall call, int copies, int most_chunks, int counted) {
   // Silence, which is what empty slots hear; rings, term by term; of each warp tables and states.
   extern __shared__ uint4 shared[];
-  if (threadIdx.x < kTermPieces) shared[threadIdx.x] = {0, 0, 0, 0};
+  const uint4 silent = {call.sign, call.sign, call.sign, call.sign};
+  if (threadIdx.x < kTermPieces) shared[threadIdx.x] = silent;
   __syncthreads();
   const Share& share = call.shares[blockIdx.x % call.base_grid];
   const int lane = held(threadIdx.x % 32), warp = threadIdx.x / 32, copy = warp / share.tiles;
@@ -139,8 +157,10 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
       const bf16* const from = static_cast<const bf16*>(call.weights) + int64_t{term->block} * kBlockArea;
       BlockWeights<bf16> block;
       block.load(from);
+      const bool embedded = term->region == kFromEmbedding;
+      if (embedded) present |= 1u << (kEmbedded + j);
       if (j != kFarSlot) {
-        blocks[block_of(j)] = KeptBlock(block);
+        blocks[block_of(j)] = flip(block, embedded ? 0 : call.sign);
       } else if (lane == 0) {
         tables.far = reinterpret_cast<const uint4*>(from);
       }
@@ -246,16 +266,18 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
           for (int i = 0; i < kSteps; ++i) heard[k][i] = from[i * 32];
         }
         const auto there = [&](int i) { return i * kRows + lane / 4 < left; };
-        const auto missing = [&] {  // one comparison for all of a row: no other word is as large
-          bool some = false;
+        const auto late = [&](int k, int i) {
+          const bool known = kFirst + k < kFirstDelayed && present >> (kEmbedded + kFirst + k) & 1;
+          return known || !there(i) ? 0 : unspoken(heard[k][i], call.sign);
+        };
+        const auto missing = [&] {
+          unsigned all = 0;
 #pragma unroll
-          for (int i = 0; i < kSteps; ++i) {
-            unsigned largest = 0;
+          for (int k = 0; k < kCount; ++k) {
 #pragma unroll
-            for (int k = 0; k < kCount; ++k) largest = max(largest, max(heard[k][i].x, heard[k][i].z));
-            some |= largest == ~0u && there(i);
+            for (int i = 0; i < kSteps; ++i) all |= late(k, i);
           }
-          return some;
+          return sign_bit(all);
         };
 #pragma unroll 1
         while (__any_sync(0xffffffffu, missing())) {
@@ -264,7 +286,7 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
           for (int k = 0; k < kCount; ++k) {
 #pragma unroll
             for (int i = 0; i < kSteps; ++i) {
-              if (!absent(heard[k][i]) || !there(i)) continue;
+              if (!sign_bit(late(k, i))) continue;
               heard[k][i] = peek(source(kFirst + k) + (row0 * kBlock + lane * 8 + i * kStepValues));
             }
           }
@@ -273,9 +295,12 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
         for (int k = 0; k < kCount; ++k) {
 #pragma unroll
           for (int i = 0; i < kSteps && Resets && kFirst >= kFirstDelayed; ++i) {
-            if (age[i] < tables.delays[kFirst + k - kFirstDelayed]) heard[k][i] = {0, 0, 0, 0};
+            if (age[i] < tables.delays[kFirst + k - kFirstDelayed]) heard[k][i] = silent;
           }
           if constexpr (kFirst == kFarSlot) {
+            const uint32_t sign = present >> (kEmbedded + kFarSlot) & 1 ? 0 : call.sign;
+#pragma unroll
+            for (uint4& x : heard[k]) x = flip(x, sign);
             multiply_add_far(sums, in_global<const uint4>(const_cast<uint4*>(tables.far)), heard[k]);
           } else {
             multiply_add(sums, blocks[block_of(kFirst + k)], heard[k]);
@@ -358,7 +383,7 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
           s[j] = emit(v[j], call.max_spike);
         }
         const Four<bf16> spikes = pack<bf16>({s[0], s[1], s[2], s[3]});
-        store_if<true>(own(i), s_at + offset(i), spikes);
+        store_if<true>(own(i), s_at + offset(i), flip(spikes, call.sign));
         store_if<false>(own(i), u_at + offset(i), pack<bf16>({v[0] - 1.0f, v[1] - 1.0f, v[2] - 1.0f, v[3] - 1.0f}));
         spoken += own(i) ? spikes_of(spikes) : 0;
         as_array(s, unpack<bf16>(spikes));

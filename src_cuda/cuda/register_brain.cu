@@ -43,17 +43,6 @@ __host__ __device__ constexpr unsigned near_slots() {
   return bits;
 }
 
-// Spikes counted so far.
-__device__ void add_counts(const BrainCall& call, uint32_t (&spoken)[2]) {
-  const BrainTile& tile = *Place(call).tile;
-  int* counts = call.regions[tile.region].spike_count + tile.offset + lane_receiver();
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    add_count(counts + j, static_cast<int>(j % 2 ? spoken[j / 2] >> 16 : spoken[j / 2] & 0xffff));
-  }
-  spoken[0] = spoken[1] = 0;
-}
-
 // Columns: 1 where there is one stream.
 template <int Columns, bool Resets>
 __global__ void __launch_bounds__(kThreads, 1) run_register_kernel(const __grid_constant__ BrainCall call, int copies) {
@@ -71,7 +60,7 @@ __global__ void __launch_bounds__(kThreads, 1) run_register_kernel(const __grid_
   KeptBlock blocks[kHeldBlocks];
   {
     const Place place(call);
-    present = fill_tables(*place.tile, tables);
+    present = fill_tables(call, *place.tile, tables);
     const int before = lane < place.own ? register_near(place.tile[lane - place.own].terms) : 0;
     near += warp_sum(before) * kBlockPieces;
     uint4* to = near;
@@ -110,6 +99,14 @@ __global__ void __launch_bounds__(kThreads, 1) run_register_kernel(const __grid_
     if (present & kEmbeddedDrive) drive_ahead.raw = peek(source_at(kFirstDrive, row0));
   };
   uint32_t spoken[2] = {0, 0};
+  const auto add_counts = [&] {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t count = j % 2 ? spoken[j / 2] >> 16 : spoken[j / 2] & 0xffff;
+      add_count(tables.counts + lane_receiver() + j, static_cast<int>(count));
+    }
+    spoken[0] = spoken[1] = 0;
+  };
 
   const int replicas = gridDim.x / call.base_grid, begin = (blockIdx.x / call.base_grid + copy * replicas) * kRows;
   for (int first = 0; first < call.streams; first += call.stream_group) {
@@ -120,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, 1) run_register_kernel(const __grid_
 #pragma unroll
     for (int i = 0; i < Columns; ++i) {
       const int stream = first + min(begin + lane_row() + i, streams - 1);
-      recall(call, stream, tables, state.past[i][lane], state.w[i][lane]);
+      recall(tables, stream, call.max_spike, state.past[i][lane], state.w[i][lane]);
     }
     find_sources(call, 0, tables);
     int row0 = first + begin;
@@ -235,12 +232,13 @@ __global__ void __launch_bounds__(kThreads, 1) run_register_kernel(const __grid_
         state.past[i][lane] = {past[0], past[1], past[2], past[3]};
         state.w[i][lane] = {w[0], w[1], w[2], w[3]};
         if (token == call.tokens - 1 && own) {
-          remember(call, first + begin + lane_row() + i, {v[0], v[1], v[2], v[3]}, {w[0], w[1], w[2], w[3]});
+          remember(tables, first + begin + lane_row() + i, {v[0], v[1], v[2], v[3]}, {w[0], w[1], w[2], w[3]},
+                   call.verdict);
         }
       }
-      if ((token + 1) % kCountedTokens == 0) add_counts(call, spoken);
+      if ((token + 1) % kCountedTokens == 0) add_counts();
     }
-    add_counts(call, spoken);
+    add_counts();
   }
 }
 

@@ -24,17 +24,18 @@ struct Constants {
   }
 };
 
-// Of a warp, in shared memory.
+// Of a warp, in shared memory: what its tile is, and where.
 struct WarpTables {
   float constants[6][kBlock];   // the sixth: biases
   const bf16* sources[kSlots];  // so that row r of the call is kBlock r values further
   bf16 *u, *s, *d, *g;          // row 0
+  const float *v, *w;           // of earlier calls, the lane's neurons of stream 0 at lane_receiver()
+  float *next_v, *next_w;       // for later ones
+  int* counts;                  // of spikes
+  const uint4* far;             // a block of weights that has no place elsewhere (wide_brain.cu)
+  int width;                    // of a row of v
   int delays[kSlots - kFirstDelayed];
-  int unused;
-  // wide_brain.cu: what a walk is told, a block of weights that has no place elsewhere, and the tile's spike counts.
-  int chunks, last_left, leap, unused_too;
-  const uint4* far;
-  int* counts;
+  int chunks, last_left, leap, unused;  // what a walk is told (wide_brain.cu)
 };
 static_assert(sizeof(WarpTables) == kRegisterTableBytes, "the host plans with it");
 static_assert(sizeof(WarpTables) % sizeof(uint4) == 0, "states follow");
@@ -62,13 +63,18 @@ struct Place {
 };
 
 // All but the sources. Returns kGated, and whether the first of its kind hears the embedding.
-__device__ inline unsigned fill_tables(const BrainTile& tile, WarpTables& tables) {
+__device__ inline unsigned fill_tables(const BrainCall& call, const BrainTile& tile, WarpTables& tables) {
   const int lane = threadIdx.x % 32;
   for (int i = 0; i < 5; ++i) tables.constants[i][lane] = tile.constants[i * kBlock + lane];
   tables.constants[5][lane] = tile.bias[lane];
   if (lane == 0) {
+    const StateView& state = call.states[tile.region];
+    const RegionView& region = call.regions[tile.region];
     tables.u = static_cast<bf16*>(tile.u), tables.s = static_cast<bf16*>(tile.s);
     tables.d = static_cast<bf16*>(tile.d), tables.g = static_cast<bf16*>(tile.g);
+    tables.v = state.v + tile.offset, tables.w = state.w + tile.offset;
+    tables.next_v = state.next_v + tile.offset, tables.next_w = state.next_w + tile.offset;
+    tables.counts = region.spike_count + tile.offset, tables.width = region.n;
   }
   return (tile.gated ? kGated : 0) | (tile.heard[0] ? kEmbeddedGate : 0) | (tile.heard[1] ? kEmbeddedDrive : 0);
 }
@@ -92,31 +98,27 @@ __device__ inline void find_sources(const BrainCall& call, int token, WarpTables
 }
 
 // past and w of a stream, of the lane's four neurons, from v and w of earlier calls.
-__device__ inline void recall(const BrainCall& call, int stream, const WarpTables& tables, float4& past, float4& w) {
-  const BrainTile& tile = *Place(call).tile;
-  const StateView& from = call.states[tile.region];
-  const int64_t cell = int64_t{stream} * call.regions[tile.region].n + tile.offset + lane_receiver();
+__device__ inline void recall(const WarpTables& tables, int stream, float max_spike, float4& past, float4& w) {
+  const int64_t cell = int64_t{stream} * tables.width + lane_receiver();
   float v[4], adaptation[4];
-  as_array(v, load4(from.v + cell)), as_array(adaptation, load4(from.w + cell));
+  as_array(v, load4(in_global<const float>(const_cast<float*>(tables.v)) + cell));
+  as_array(adaptation, load4(in_global<const float>(const_cast<float*>(tables.w)) + cell));
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    v[j] = past_of(v[j], adaptation[j], rounded<bf16>(emit(v[j], call.max_spike)),
-                   tables.constants[0][lane_receiver() + j]);
+    v[j] = past_of(v[j], adaptation[j], rounded<bf16>(emit(v[j], max_spike)), tables.constants[0][lane_receiver() + j]);
   }
   past = {v[0], v[1], v[2], v[3]};
   w = {adaptation[0], adaptation[1], adaptation[2], adaptation[3]};
 }
 
 // v and w for later calls.
-__device__ inline void remember(const BrainCall& call, int stream, float4 v, float4 w) {
-  const BrainTile& tile = *Place(call).tile;
-  const StateView& to = call.states[tile.region];
-  const int64_t cell = int64_t{stream} * call.regions[tile.region].n + tile.offset + lane_receiver();
-  store4(to.next_v + cell, v);
-  store4(to.next_w + cell, w);
+__device__ inline void remember(const WarpTables& tables, int stream, float4 v, float4 w, Verdict* verdict) {
+  const int64_t cell = int64_t{stream} * tables.width + lane_receiver();
+  store4(in_global<float>(tables.next_v) + cell, v);
+  store4(in_global<float>(tables.next_w) + cell, w);
   const auto sound = [](float x) { return fabsf(x) <= kLargestState; };
   if (!(sound(v.x) && sound(v.y) && sound(v.z) && sound(v.w) && sound(w.x) && sound(w.y) && sound(w.z) && sound(w.w))) {
-    atomicOr(&call.verdict->state_not_finite, 1);
+    atomicOr(&verdict->state_not_finite, 1);
   }
 }
 

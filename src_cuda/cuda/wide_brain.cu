@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
   KeptBlock blocks[kHeldBlocks];
   {
     const Place place(call);
-    present = fill_tables(*place.tile, tables);
+    present = fill_tables(call, *place.tile, tables);
     unsigned ring = 1 + copy * share.terms + place.tile->terms[0];
 #pragma unroll
     for (int j = 0; j < kHeldBlocks; ++j) blocks[j] = KeptBlock(BlockWeights<bf16>{});
@@ -168,7 +168,6 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
       rings[j / 4] |= ring++ << 8 * (j % 4);
     }
     present = held(present), rings[0] = held(rings[0]), rings[1] = held(rings[1]);
-    if (lane == 0) tables.counts = call.regions[place.tile->region].spike_count + place.tile->offset;
   }
   __syncwarp();
   const auto receiver = [&] { return lane / 4 * 4; };
@@ -208,10 +207,10 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
       const int chunks = (streams - begin + stride - 1) / stride;
       const int last_left = min(streams - begin - (chunks - 1) * stride, kWideStreams);
       for (int chunk = 0; chunk < chunks; ++chunk) {
-#pragma unroll 1
+#pragma unroll
         for (int i = 0; i < kColumns; ++i) {
-          const int stream = min(begin + chunk * stride + row_of(i), streams - 1);
-          recall(call, first + stream, tables, states[chunk].past[i][lane], states[chunk].w[i][lane]);
+          const int stream = first + min(begin + chunk * stride + row_of(i), streams - 1);
+          recall(tables, stream, call.max_spike, states[chunk].past[i][lane], states[chunk].w[i][lane]);
         }
       }
       if (chunks == 1) left = last_left;
@@ -400,7 +399,9 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
       if (last) {
 #pragma unroll 1
         for (int i = 0; i < kColumns; ++i) {
-          if (own(i)) remember(call, row0 - token * call.streams + row_of(i), state.past[i][lane], state.w[i][lane]);
+          if (!own(i)) continue;
+          const int stream = row0 - token * call.streams + row_of(i);
+          remember(tables, stream, state.past[i][lane], state.w[i][lane], call.verdict);
         }
       }
       if (turn && (next_token & counted) == 0) add_counts();

@@ -187,24 +187,29 @@ __global__ void __launch_bounds__(kFewWarps * 32)
   const int32_t begin = list.begin[receiver], end = list.begin[receiver + 1];
   BlockWeights<Real> block[kAhead];
   Sources<Real> sources[kAhead];
-  // What the terms say: a lane has one of 32, and gives it to all.
+  // What the terms say: a lane has one of 32, and gives it to all. Two lambdas: in one, the compiler had every fetch
+  // but the first eight wait for all that was on its way.
   uint64_t source_of = 0;
-  int32_t block_of = 0, next = begin;
-  const auto fetch = [&](int slot) {
-    if (next >= end) return;
-    const int from = (next - begin) % 32;
-    if (from == 0 && next + lane < end) {
-      const Term& term = list.terms[next + lane];
+  int32_t block_of = 0;
+  const auto fetch_block = [&](int slot, int32_t at) {
+    if (at >= end) return;
+    const int from = (at - begin) % 32;
+    if (from == 0 && at + lane < end) {
+      const Term& term = list.terms[at + lane];
       source_of = reinterpret_cast<uint64_t>(term.source);
       block_of = term.block;
     }
-    const auto* source = reinterpret_cast<const Real*>(__shfl_sync(0xffffffffu, source_of, from));
     block[slot].load(weights + int64_t{__shfl_sync(0xffffffffu, block_of, from)} * kBlockArea);
+  };
+  const auto fetch_source = [&](int slot, int32_t at) {  // after its block
+    if (at >= end) return;
+    const auto* source = reinterpret_cast<const Real*>(__shfl_sync(0xffffffffu, source_of, (at - begin) % 32));
     sources[slot].load(source + first * kBlock, count);
-    ++next;
   };
 #pragma unroll
-  for (int j = 0; j < kAhead; ++j) fetch(j);
+  for (int j = 0; j < kAhead; ++j) fetch_block(j, begin + j);
+#pragma unroll
+  for (int j = 0; j < kAhead; ++j) fetch_source(j, begin + j);
   const auto put = finish.open(receiver, lane_receiver());
   Sums sums;
   zero(sums);
@@ -213,7 +218,8 @@ __global__ void __launch_bounds__(kFewWarps * 32)
     for (int j = 0; j < kAhead; ++j) {
       if (at + j >= end) break;
       multiply_add(sums, block[j], sources[j]);
-      fetch(j);
+      fetch_block(j, at + j + kAhead);
+      fetch_source(j, at + j + kAhead);
     }
   }
 #pragma unroll

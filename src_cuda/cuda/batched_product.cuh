@@ -17,6 +17,7 @@
 
 #include "block_product.cuh"
 #include "dense_product.cuh"
+#include "dependent.cuh"
 #include "model.h"
 
 namespace neurogen::cuda {
@@ -179,9 +180,10 @@ __global__ void __launch_bounds__(kFewWarps * 32)
                         Finish finish) {
   constexpr int kAhead =
       sizeof(Real) == sizeof(bf16) ? 8 : 1;  // terms on their way; floats are read where they are used
+  let_later_start();
   const int lane = threadIdx.x % 32;
   const int64_t first = (int64_t{blockIdx.y} * (blockDim.x / 32) + threadIdx.x / 32) * kRows;
-  if (first >= rows) return;
+  if (first >= rows) return;  // the first warp of a block never does
   const int count = static_cast<int>(min(rows - first, int64_t{kRows}));
   const int receiver = soloists ? soloists[blockIdx.x] : first_receiver + blockIdx.x;
   const int32_t begin = list.begin[receiver], end = list.begin[receiver + 1];
@@ -208,6 +210,7 @@ __global__ void __launch_bounds__(kFewWarps * 32)
   };
 #pragma unroll
   for (int j = 0; j < kAhead; ++j) fetch_block(j, begin + j);
+  wait_for_earlier();
 #pragma unroll
   for (int j = 0; j < kAhead; ++j) fetch_source(j, begin + j);
   const auto put = finish.open(receiver, lane_receiver());
@@ -311,11 +314,11 @@ inline dim3 product_grid(int receivers, int64_t rows, int piece) {
   return dim3(receivers, static_cast<unsigned>((pieces + rounds - 1) / rounds));
 }
 
-// receivers: how many, from first_receiver on; no quartet may lie across the range's ends. Returns how many launches it
-// took.
+// receivers: how many, from first_receiver on; no quartet may lie across the range's ends. early: a launch of few rows
+// starts early; nobody may be writing weights then. Returns how many launches it took.
 template <class Real, class Finish>
 int multiply_blocks(cudaStream_t stream, const ProductList& list, const void* weights, int64_t rows, int first_receiver,
-                    int receivers, Finish finish) {
+                    int receivers, Finish finish, bool early = false) {
   const int before = list.quartets_before[first_receiver],
             quartets = list.quartets_before[first_receiver + receivers] - before;
   if constexpr (std::is_same_v<Real, bf16>) {
@@ -327,8 +330,8 @@ int multiply_blocks(cudaStream_t stream, const ProductList& list, const void* we
   if (rows <= kFewRows) {
     const int chunks = static_cast<int>((rows + kRows - 1) / kRows), warps = std::min(chunks, kFewWarps);
     const dim3 few(receivers, (chunks + warps - 1) / warps);
-    multiply_few_kernel<Real><<<few, warps * 32, 0, stream>>>(list, soloists, static_cast<const Real*>(weights), rows,
-                                                              first_receiver, finish);
+    launch_dependent(early, few, warps * 32, 0, stream, multiply_few_kernel<Real, Finish>, list, soloists,
+                     static_cast<const Real*>(weights), rows, first_receiver, finish);
     return quartets ? 2 : 1;
   }
   if constexpr (std::is_same_v<Real, bf16>) {

@@ -216,6 +216,13 @@ void CudaModel::speak() {
   commit(true, true);
 }
 
+// Graphs know of such launches since driver 12.3.
+bool CudaModel::starts_early() {
+  int driver = 0;
+  NG_CUDA(cudaDriverGetVersion(&driver));
+  return driver >= 12030 && code_of_90();
+}
+
 // The first token runs launch by launch, which loads every kernel; the step is then captured and replayed: the host
 // launches one graph a token or kTokensAtOnce, and waits once for as many tokens as drawn_ has room for. A graph reads
 // what changes from device memory, so it serves later calls for the same state as well; it knows that by its arrays.

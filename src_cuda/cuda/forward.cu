@@ -236,6 +236,8 @@ struct OneToken {
 template <class Real, class Input>
 __global__ void normalize_kernel(float* o, int dim, float* broca, Real* broca_real, float* inverse_rms, Input input) {
   __shared__ float room[32];
+  let_later_start();
+  wait_for_earlier();
   const int64_t row = blockIdx.x;
   const int step = 4 * blockDim.x, begin = 4 * threadIdx.x, loose = begin + kHeldFours * step;
   const auto square = [](float4 x) { return x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w; };
@@ -310,11 +312,12 @@ void CudaModel::forward(bool hushed) {
     }
     run_brain(hushed);
     launched(multiply_blocks<Real>(stream_.get(), hear_, forward_blocks_, rows_, 0, spec_.dim / kBlock,
-                                   StoreRows{o_, spec_.dim, negative_}));
+                                   StoreRows{o_, spec_.dim, negative_}, hushed && starts_early()));
   });
   const uint8_t* resets = has_resets_ ? resets_ : nullptr;
   if (call_tokens_ == 1) {
-    normalize_rows(o_, rows_, nullptr, broca_real_, inverse_rms_, OneToken{kappa_, active_->o(), resets, verdict_});
+    normalize_rows(o_, rows_, nullptr, broca_real_, inverse_rms_, OneToken{kappa_, active_->o(), resets, verdict_},
+                   hushed && starts_early());
     return;
   }
   const int64_t channels = int64_t{call_streams_} * spec_.dim;
@@ -325,12 +328,13 @@ void CudaModel::forward(bool hushed) {
 }
 
 template <class Input>
-void CudaModel::normalize_rows(float* o, int64_t rows, float* broca, void* broca_real, float* inverse_rms,
-                               Input input) {
+void CudaModel::normalize_rows(float* o, int64_t rows, float* broca, void* broca_real, float* inverse_rms, Input input,
+                               bool early) {
   with_real(spec_.bf16, [&](auto real) {
     using Real = decltype(real);
-    normalize_kernel<<<static_cast<unsigned>(rows), row_threads(spec_.dim), 0, stream_.get()>>>(
-        o, spec_.dim, broca, static_cast<Real*>(broca_real), inverse_rms, input);
+    launch_dependent(early, dim3(static_cast<unsigned>(rows)), row_threads(spec_.dim), 0, stream_.get(),
+                     normalize_kernel<Real, Input>, o, spec_.dim, broca, static_cast<Real*>(broca_real), inverse_rms,
+                     input);
   });
   launched();
 }

@@ -330,7 +330,8 @@ class CudaModel final : public Model {
   Dropout dropout() const;
   void normalize_rows(float* o, int64_t rows, float* broca, void* broca_real, float* inverse_rms);
   template <class Input>
-  void normalize_rows(float* o, int64_t rows, float* broca, void* broca_real, float* inverse_rms, Input input);
+  void normalize_rows(float* o, int64_t rows, float* broca, void* broca_real, float* inverse_rms, Input input,
+                      bool early = false);
 
   // decoder.cu
   void lay_out_decoder();
@@ -342,6 +343,7 @@ class CudaModel final : public Model {
   // sampling.cu
   void draw(const float* logits, int64_t rows, int64_t first_row, int32_t* ids, bool speak = false);
   bool draw_spreads();  // whether several blocks of threads draw a row
+  bool code_of_90();    // whether what runs was compiled for 9.0 or later
   float* sampling_logits() const { return static_cast<float*>(logits_); }
   int64_t sampling_rows() const {  // float rows that fit there
     return logit_rows_ * logit_ld_ * static_cast<int64_t>(real_size()) /
@@ -374,6 +376,7 @@ class CudaModel final : public Model {
   template <class Body>
   void for_logits(const Input& broca, int64_t rows, Body body);
   void speak();
+  bool starts_early();  // whether kernels of generation do (dependent.cuh)
   void capture(int tokens, GraphExec& graph);
 
   void wait();
@@ -493,7 +496,7 @@ class CudaModel final : public Model {
   Draw* draw_ = nullptr;
   int32_t* drawn_ = nullptr;     // [capacity] tokens of generation
   bool draws_from_all_ = false;  // neither top_k nor top_p leaves anything out
-  int clusters_ = -1;            // whether this device has them, once that is known
+  int code_of_90_ = -1;          // code_of_90(), once that is known
 };
 
 }  // namespace neurogen::cuda

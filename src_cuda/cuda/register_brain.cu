@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <map>
 
+#include "dependent.cuh"
 #include "register_brain.cuh"
 
 namespace neurogen::cuda {
@@ -83,6 +84,7 @@ __global__ void __launch_bounds__(kThreads, 1) run_register_kernel(const __grid_
     }
   }
   __syncthreads();
+  let_later_start();
   if (copy >= copies) return;
   const auto gated = [&] { return (present & kGated) != 0; };
   const auto panel = [](bf16* at, int place) { return in_global<bf16>(at) + place; };

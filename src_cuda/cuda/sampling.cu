@@ -19,6 +19,7 @@
 
 #include <cmath>
 
+#include "dependent.cuh"
 #include "gather.cuh"
 #include "model.h"
 #include "numbers.cuh"
@@ -293,8 +294,8 @@ struct SpreadRoom {
 // One cluster a row; neither top_k nor top_p. A warp has 128 * kFours neighbouring ids.
 template <class Real>
 __global__ void __launch_bounds__(kSpreadThreads, 2)
-    draw_spread_kernel(const float* __restrict__ logits, int32_t vocab, const Draw* arguments, int64_t first_row,
-                       int32_t* ids, Speech<Real> speech) {
+    draw_spread_kernel(const float* logits, int32_t vocab, const Draw* arguments, int64_t first_row, int32_t* ids,
+                       Speech<Real> speech) {
 #if __CUDA_ARCH__ >= 900
   __shared__ SpreadRoom room;
   const auto cluster = cooperative_groups::this_cluster();
@@ -303,33 +304,35 @@ __global__ void __launch_bounds__(kSpreadThreads, 2)
   const int lane = threadIdx.x % 32, place = rank * kSpreadWarps + static_cast<int>(threadIdx.x) / 32;
   const int64_t row = blockIdx.x / blocks;
   const int32_t begin = (place * 32 * kFours + lane) * 4;
-  const float* const from = logits + row * vocab;
-  const Sampling how = arguments->sampling;
-  const int64_t kept = arguments->kept;
-
-  float z[kFours][4] = {};
   const auto id_of = [&](int j, int e) { return begin + j * 128 + e; };
-  if (vocab % 4 == 0) {  // rows are aligned to fours
-    float4 x[kFours] = {}, c[kFours] = {};
+  const auto load = [&](const float* from, float (&to)[kFours][4]) {
+    if (vocab % 4 == 0) {  // rows are aligned to fours
 #pragma unroll
-    for (int j = 0; j < kFours; ++j) {
-      if (id_of(j, 0) >= vocab) continue;
-      x[j] = load4(from + id_of(j, 0));
-      if (speech.bias) c[j] = load4(speech.bias + id_of(j, 0));
-    }
+      for (int j = 0; j < kFours; ++j) {
+        if (id_of(j, 0) >= vocab) continue;
+        const float4 x = load4(from + id_of(j, 0));
+        to[j][0] = x.x, to[j][1] = x.y, to[j][2] = x.z, to[j][3] = x.w;
+      }
+    } else {
 #pragma unroll
-    for (int j = 0; j < kFours; ++j) {
-      z[j][0] = x[j].x + c[j].x, z[j][1] = x[j].y + c[j].y, z[j][2] = x[j].z + c[j].z, z[j][3] = x[j].w + c[j].w;
-    }
-  } else {
+      for (int j = 0; j < kFours; ++j) {
 #pragma unroll
-    for (int j = 0; j < kFours; ++j) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int32_t id = id_of(j, e);
-        if (id < vocab) z[j][e] = from[id] + (speech.bias ? speech.bias[id] : 0.0f);
+        for (int e = 0; e < 4; ++e) {
+          if (id_of(j, e) < vocab) to[j][e] = from[id_of(j, e)];
+        }
       }
     }
+  };
+  float z[kFours][4] = {}, bias[kFours][4] = {};
+  if (speech.bias) load(speech.bias, bias);
+  wait_for_earlier();
+  const Sampling how = arguments->sampling;
+  const int64_t kept = arguments->kept;
+  load(logits + row * vocab, z);
+#pragma unroll
+  for (int j = 0; j < kFours; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) z[j][e] += bias[j][e];
   }
 
   // Every warp of the cluster gets to know what every other has found.
@@ -417,15 +420,17 @@ __global__ void __launch_bounds__(kSpreadThreads, 2)
 
 }  // namespace
 
-// Not only the device but the code that was loaded for it has to have clusters.
-bool CudaModel::draw_spreads() {
-  if (clusters_ < 0) {
+// Not only the device: the code that was loaded for it has to know of clusters, and of launches that start early.
+bool CudaModel::code_of_90() {
+  if (code_of_90_ < 0) {
     cudaFuncAttributes code{};
     NG_CUDA(cudaFuncGetAttributes(&code, draw_spread_kernel<float>));
-    clusters_ = code.ptxVersion >= 90 && code.binaryVersion >= 90;
+    code_of_90_ = code.ptxVersion >= 90 && code.binaryVersion >= 90;
   }
-  return clusters_ && draws_from_all_ && spec_.vocab <= kMostBlocks * kSpreadIds;
+  return code_of_90_;
 }
+
+bool CudaModel::draw_spreads() { return code_of_90() && draws_from_all_ && spec_.vocab <= kMostBlocks * kSpreadIds; }
 
 // logits: [rows, V]; ids: [rows]; row i draws as row first_row + i of the definition, by draw_. speak: the ids are kept
 // in drawn_ and become the brain's input; logits that draw_spreads() lack the bias.
@@ -450,15 +455,15 @@ void CudaModel::draw(const float* logits, int64_t rows, int64_t first_row, int32
     }
     int blocks = 1;
     while (blocks * kSpreadIds < spec_.vocab) blocks *= 2;
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+    cudaLaunchAttribute attributes[2] = {{}, early_start()};
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
     cudaLaunchConfig_t launch{};
     launch.gridDim = dim3(static_cast<unsigned>(rows * blocks));
     launch.blockDim = dim3(kSpreadThreads);
     launch.stream = stream_.get();
-    launch.attrs = &cluster;
-    launch.numAttrs = 1;
+    launch.attrs = attributes;
+    launch.numAttrs = speak && starts_early() ? 2 : 1;
     NG_CUDA(
         cudaLaunchKernelEx(&launch, draw_spread_kernel<Real>, logits, spec_.vocab, arguments, first_row, ids, speech));
   });

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "dependent.cuh"
 #include "gather.cuh"
 #include "model.h"
 #include "numbers.cuh"
@@ -192,8 +193,11 @@ __device__ inline void store_whole(float* to, float4 x) {
 
 template <class Real>
 __global__ void __launch_bounds__(kThreads) commit_kernel(Commit p) {
-  const bool ok = p.judging ? sound(*p.verdict) : p.verdict->ok != 0;
+  let_later_start();
+  const auto accepted = [&] { return p.judging ? sound(*p.verdict) : p.verdict->ok != 0; };
   if (blockIdx.x >= p.tile_blocks) {
+    wait_for_earlier();
+    const bool ok = accepted();
     const int64_t block = int64_t{blockIdx.x - p.tile_blocks} * gridDim.y + blockIdx.y;
     const int64_t i = 4 * (block * kThreads + threadIdx.x);
     if (ok && i < p.outputs) store4(p.o + i, load4(p.last_o + i));
@@ -205,10 +209,12 @@ __global__ void __launch_bounds__(kThreads) commit_kernel(Commit p) {
   const int row = threadIdx.x / 8, quarter = threadIdx.x % 8 * 4;
   const int stream = (blockIdx.y << p.log_streams) + (row & ((1 << p.log_streams) - 1));
   const int tile = blockIdx.x * (kCommitRows >> p.log_streams) + (row >> p.log_streams);
-  if (stream >= p.streams || tile >= p.tile_count) return;
+  if (stream >= p.streams || tile >= p.tile_count) return;  // never all threads of a block
   const TileName name = p.tiles[tile];
   const RegionView region = p.regions[name.region];
   const StateView state = p.states[name.region];
+  wait_for_earlier();
+  const bool ok = accepted();
   const int64_t cell = int64_t{stream} * region.n + name.offset + quarter, step = int64_t{p.streams} * region.n;
   const float4 v = load4(state.next_v + cell), w = load4(state.next_w + cell);
   const int age = p.age ? p.age[int64_t{p.tokens - 1} * p.streams + stream] : INT_MAX;
@@ -372,7 +378,9 @@ void CudaModel::commit(bool judging, bool drawn) {
                    verdict_,
                    drawn ? draw_ : nullptr};
   const dim3 grid(tile_blocks + static_cast<unsigned>((outputs + of_blocks - 1) / of_blocks), pieces);
-  with_real(spec_.bf16, [&](auto real) { commit_kernel<decltype(real)><<<grid, kThreads, 0, stream_.get()>>>(job); });
+  with_real(spec_.bf16, [&](auto real) {
+    launch_dependent(drawn && starts_early(), grid, kThreads, 0, stream_.get(), commit_kernel<decltype(real)>, job);
+  });
   launched();
 }
 

@@ -209,7 +209,7 @@ void CudaModel::speak() {
   for (int64_t first = 0; first < streams; first += sampling_rows()) {
     const int64_t count = std::min(sampling_rows(), streams - first);
     const char* rows = static_cast<const char*>(broca_real_) + first * spec_.dim * real_size();
-    logits_on_device(rows, count, logits, !draw_spreads());
+    logits_on_device(rows, count, logits, true);
     draw(logits, count, first, ids_ + first, true);
   }
   forward(true);

@@ -287,7 +287,8 @@ void CudaModel::score(bool want_gradient, bool accumulate) {
   if (walk && want_gradient) add_slices(walks, accumulate);
 }
 
-void CudaModel::logits_on_device(const void* broca_real, int64_t rows, float* out, bool with_bias) {
+void CudaModel::logits_on_device(const void* broca_real, int64_t rows, float* out, bool speak) {
+  const bool with_bias = !speak || !draw_spreads();
   if (spec_.bf16 && rows <= kRows && few_logits_fit(spec_.dim, shared_limit_)) {
     const FewLogits job{static_cast<const bf16*>(decoder_real_),
                         static_cast<const bf16*>(broca_real),
@@ -296,7 +297,7 @@ void CudaModel::logits_on_device(const void* broca_real, int64_t rows, float* ou
                         spec_.vocab,
                         spec_.dim,
                         static_cast<int>(rows)};
-    launch_few_logits(stream_.get(), job, processors_, shared_limit_);
+    launch_few_logits(stream_.get(), job, processors_, shared_limit_, speak && starts_early());
     launched();
     return;
   }

@@ -4,7 +4,7 @@
 // cache; the tensor core multiplies by eight rows at once, 60 instructions for 2 KB. In the L2 cache W makes room
 // first, so the brain's weights stay there. The cost: shared memory, and work for eight rows where there is one. The
 // gain that is expected for V = 32,000 and D = 1,536 on an H200: 26 us (98 MB take 23 at the copy rate) instead of the
-// 28 to 41 of cuBLASLt.
+// 28 to 41 of cuBLASLt. Generation fills the rings, 17 MB, while the kernels before are still at work (dependent.cuh).
 //
 // A warp has 16 rows of W to itself and goes through them from the first d to the last, two sums by turns: the order
 // of a logit's sum is D's alone.
@@ -13,6 +13,7 @@
 #include <algorithm>
 
 #include "dense_product.cuh"
+#include "dependent.cuh"
 #include "device.h"
 
 namespace neurogen::cuda {
@@ -52,6 +53,7 @@ __device__ inline void fill(unsigned to, const bf16* from, bool counts, uint64_t
 }
 
 static __global__ void __launch_bounds__(kLogitWarps * 32, 1) few_logits_kernel(const __grid_constant__ FewLogits p) {
+  let_later_start();
   extern __shared__ __align__(kLineBytes) uint4 room[];  // x [steps][kRows][kLogitParts], then the rings of the warps
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int steps = (p.dim + kLogitStep - 1) / kLogitStep, tiles = (p.vocab + kLogitTile - 1) / kLogitTile;
@@ -59,12 +61,6 @@ static __global__ void __launch_bounds__(kLogitWarps * 32, 1) few_logits_kernel(
   const unsigned x = shared_address(room), ring = x + steps * kStepBytes + warp * kLogitRingBytes;
 
   // What lies beyond D comes as zeros, of both. Beyond V there is anything, for logits that nobody looks at.
-  for (int row = 0; row < p.rows; ++row) {
-    for (int part = threadIdx.x; part < steps * kLogitParts; part += blockDim.x) {
-      const unsigned to = x + part / kLogitParts * kStepBytes + place128(row, part % kLogitParts);
-      fill(to, p.x + row * p.dim + part * 8, part * 8 < p.dim);
-    }
-  }
   // The lane's part of the next fetch: how many rows of W there are from its first one on, which of D, and where.
   const int own_row = lane / kLogitParts, own_d = lane % kLogitParts * 8, width = steps * kLogitStep;
   int below = p.vocab - first * kLogitTile - own_row, d = own_d;
@@ -87,7 +83,20 @@ static __global__ void __launch_bounds__(kLogitWarps * 32, 1) few_logits_kernel(
   };
 #pragma unroll 1
   for (int i = 0; i < kLogitStages; ++i) fetch(ring + i * kLogitStageBytes);
-  __pipeline_wait_prior(kLogitStages - 1);
+  // x comes from the kernel before, W does not. Through registers, for fetches of the ring are counted.
+  wait_for_earlier();
+  for (int part = threadIdx.x; part < steps * kLogitParts; part += blockDim.x) {
+    uint4 held[kRows] = {};
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      if (row < p.rows && part * 8 < p.dim) held[row] = *reinterpret_cast<const uint4*>(p.x + row * p.dim + part * 8);
+    }
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const int to = part / kLogitParts * kStepBytes + place128(row, part % kLogitParts);
+      if (row < p.rows) room[to / sizeof(uint4)] = held[row];
+    }
+  }
   __syncthreads();  // all of x is there
 
   // A lane's row of a matrix load; rows of x that are not there give columns that nobody looks at.
@@ -138,7 +147,8 @@ inline bool few_logits_fit(int dim, size_t shared_limit) {
 }
 
 // As many warps on every multiprocessor as have a tile each, or the same number of tiles.
-inline void launch_few_logits(cudaStream_t stream, const FewLogits& p, int processors, size_t shared_limit) {
+inline void launch_few_logits(cudaStream_t stream, const FewLogits& p, int processors, size_t shared_limit,
+                              bool early) {
   const auto divide_up = [](int count, int by) { return (count + by - 1) / by; };
   const size_t fixed = few_logits_bytes(p.dim);
   const int most = static_cast<int>(std::min<size_t>((shared_limit - fixed) / kLogitRingBytes, kLogitWarps));
@@ -146,7 +156,7 @@ inline void launch_few_logits(cudaStream_t stream, const FewLogits& p, int proce
   const int warps = divide_up(each, divide_up(each, most));
   const int bytes = static_cast<int>(fixed) + warps * kLogitRingBytes;
   NG_CUDA(cudaFuncSetAttribute(few_logits_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  few_logits_kernel<<<std::min(tiles, processors), warps * 32, bytes, stream>>>(p);
+  launch_dependent(early, dim3(std::min(tiles, processors)), warps * 32, bytes, stream, few_logits_kernel, p);
 }
 
 }  // namespace neurogen::cuda

@@ -337,7 +337,8 @@ class CudaModel final : public Model {
   void lay_out_decoder();
   int walk_threads() const;
   void score(bool want_gradient, bool accumulate);  // row_loss_, row_best_; with the gradient d_broca_, dW, dc
-  void logits_on_device(const void* broca_real, int64_t rows, float* out, bool with_bias = true);  // float [rows, V]
+  // float [rows, V]; speak: of a token of generation, for draw(), which adds the bias where it spreads.
+  void logits_on_device(const void* broca_real, int64_t rows, float* out, bool speak = false);
   void to_real(const float* from, int64_t count, void* to);
 
   // sampling.cu

@@ -52,7 +52,8 @@ __device__ inline void fill(unsigned to, const bf16* from, bool counts, uint64_t
                : "memory");
 }
 
-static __global__ void __launch_bounds__(kLogitWarps * 32, 1) few_logits_kernel(const __grid_constant__ FewLogits p) {
+// Half the registers are left, so that a draw's blocks of threads (sampling.cu) can come up beside those of its logits.
+static __global__ void __launch_bounds__(kLogitWarps * 32, 2) few_logits_kernel(const __grid_constant__ FewLogits p) {
   let_later_start();
   extern __shared__ __align__(kLineBytes) uint4 room[];  // x [steps][kRows][kLogitParts], then the rings of the warps
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

@@ -131,10 +131,20 @@ __device__ inline bool sound(const Verdict& verdict) {
   return (verdict.faulty | verdict.bad_id | verdict.state_not_finite) == 0;
 }
 
+// Counts are added to without waiting for what they were.
 __device__ inline void give_verdict(Verdict* verdict, double loss, bool ok) {
   verdict->loss = loss;
   verdict->ok = ok;
-  verdict->heard += ok;
+  atomicAdd(&verdict->heard, ok);
+}
+
+__device__ inline void next_draw(Draw* draw) {
+  const auto count = [](auto& x) {
+    static_assert(sizeof(x) == sizeof(unsigned long long));
+    atomicAdd(reinterpret_cast<unsigned long long*>(&x), 1ull);
+  };
+  count(draw->kept);
+  count(draw->sampling.position);
 }
 
 // The verdict of a call without targets, or (with losses) of an evaluation: v.loss = the sum of all rows.
@@ -197,13 +207,14 @@ __global__ void __launch_bounds__(kThreads) commit_kernel(Commit p) {
   const auto accepted = [&] { return p.judging ? sound(*p.verdict) : p.verdict->ok != 0; };
   if (blockIdx.x >= p.tile_blocks) {
     wait_for_earlier();
-    const bool ok = accepted();
     const int64_t block = int64_t{blockIdx.x - p.tile_blocks} * gridDim.y + blockIdx.y;
     const int64_t i = 4 * (block * kThreads + threadIdx.x);
-    if (ok && i < p.outputs) store4(p.o + i, load4(p.last_o + i));
+    const float4 o = i < p.outputs ? load4(p.last_o + i) : float4{};
+    const bool ok = accepted();
+    if (ok && i < p.outputs) store4(p.o + i, o);
     if (i > 0) return;
     if (p.judging) give_verdict(p.verdict, 0.0, ok);
-    if (p.draw) ++p.draw->kept, ++p.draw->sampling.position;
+    if (p.draw) next_draw(p.draw);
     return;
   }
   const int row = threadIdx.x / 8, quarter = threadIdx.x % 8 * 4;

@@ -288,8 +288,46 @@ static_assert(kSpreadWarps % kHeard == 0, "a lane's places are all in the cluste
 // Shared memory of a block: what every warp of the cluster has to say, warp by warp in the order of ids.
 struct SpreadRoom {
   uint64_t best[kMostPlaces], sum[kMostPlaces];
+  uint64_t best_come, sum_come;  // mbarriers of these
   int32_t id;
 };
+
+#if __CUDA_ARCH__ >= 900
+// A word and the news that it has come reach another block's shared memory as one. A barrier of the cluster takes a
+// fence of the whole GPU before it.
+__device__ inline unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
+// By one thread, before any barrier of the cluster: `come` will have seen all once so many bytes are here.
+__device__ inline void expect(uint64_t* come, int bytes) {
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], 1;\n"
+      "fence.mbarrier_init.release.cluster;\n"
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(come)),
+      "r"(bytes)
+      : "memory");
+}
+// To the same places in the shared memory of a block of the cluster.
+__device__ inline void send(int block, uint64_t* to, uint64_t x, uint64_t* come) {
+  asm volatile(
+      "{.reg .u32 to, come;\n"
+      "mapa.shared::cluster.u32 to, %0, %2;\n"
+      "mapa.shared::cluster.u32 come, %1, %2;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.u64 [to], %3, [come];}" ::"r"(shared_address(to)),
+      "r"(shared_address(come)), "r"(block), "l"(x)
+      : "memory");
+}
+__device__ inline void await(uint64_t* come) {
+  int all;
+  do {
+    asm volatile(
+        "{.reg .pred all;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 all, [%1], 0;\n"
+        "selp.b32 %0, 1, 0, all;}"
+        : "=r"(all)
+        : "r"(shared_address(come))
+        : "memory");
+  } while (!all);
+}
+#endif
 
 // One cluster a row; neither top_k nor top_p. A warp has 128 * kFours neighbouring ids.
 template <class Real>
@@ -300,6 +338,8 @@ __global__ void __launch_bounds__(kSpreadThreads, 2)
   __shared__ SpreadRoom room;
   const auto cluster = cooperative_groups::this_cluster();
   const int blocks = static_cast<int>(cluster.num_blocks()), rank = static_cast<int>(cluster.block_rank());
+  const int told = blocks * kSpreadWarps * static_cast<int>(sizeof(uint64_t));
+  if (threadIdx.x == 0) expect(&room.best_come, told), expect(&room.sum_come, told);
   __cluster_barrier_arrive_relaxed();  // what other blocks are told has to wait until they run
   const int lane = threadIdx.x % 32, place = rank * kSpreadWarps + static_cast<int>(threadIdx.x) / 32;
   const int64_t row = blockIdx.x / blocks;
@@ -335,11 +375,11 @@ __global__ void __launch_bounds__(kSpreadThreads, 2)
     for (int e = 0; e < 4; ++e) z[j][e] += bias[j][e];
   }
 
-  // Every warp of the cluster gets to know what every other has found.
-  const auto tell = [&](uint64_t (SpreadRoom::*what)[kMostPlaces], uint64_t x) {
-    if (lane < blocks) (cluster.map_shared_rank(&room, lane)->*what)[place] = x;
-    __syncwarp();
-    cluster.sync();
+  // Every warp of the cluster gets to know what every other has found. A block that knows is told nothing more of it,
+  // so it may end.
+  const auto tell = [&](uint64_t (&what)[kMostPlaces], uint64_t x, uint64_t& come) {
+    if (lane < blocks) send(lane, &what[place], x, &come);
+    await(&come);
   };
   const int heard = lane * kHeard;  // the first of a lane's places
   const bool hears = heard < blocks * kSpreadWarps;
@@ -358,7 +398,7 @@ __global__ void __launch_bounds__(kSpreadThreads, 2)
   };
   warp_best();
   __cluster_barrier_wait();
-  tell(&SpreadRoom::best, best);
+  tell(room.best, best, room.best_come);
 #pragma unroll
   for (int i = 0; i < kHeard; ++i) best = max(best, hears ? room.best[heard + i] : 0);
   warp_best();
@@ -381,7 +421,7 @@ __global__ void __launch_bounds__(kSpreadThreads, 2)
       own += sums[j];
     }
     own = warp_sum(own);
-    tell(&SpreadRoom::sum, own);
+    tell(room.sum, own, room.sum_come);
     uint64_t sum[kHeard], several = 0;
 #pragma unroll
     for (int i = 0; i < kHeard; ++i) several += sum[i] = hears ? room.sum[heard + i] : 0;

@@ -39,6 +39,13 @@ inline cudaLaunchAttribute early_start() {
   return out;
 }
 
+// For every kernel of such a chain, and for one whose later ones start early: blocks of threads can only share a
+// multiprocessor that is divided between L1 and shared memory as they all need it, and it is divided anew when empty.
+template <class Kernel>
+void take_shared_memory(Kernel* kernel) {
+  NG_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+}
+
 // early: in this way, which asks for CudaModel::starts_early(); otherwise plainly.
 template <class... Parameters, class... Arguments>
 void launch_dependent(bool early, dim3 grid, unsigned threads, size_t shared_bytes, cudaStream_t stream,
@@ -51,6 +58,7 @@ void launch_dependent(bool early, dim3 grid, unsigned threads, size_t shared_byt
   launch.stream = stream;
   launch.attrs = &attribute;
   launch.numAttrs = early;
+  if (early) take_shared_memory(kernel);
   NG_CUDA(cudaLaunchKernelEx(&launch, kernel, std::forward<Arguments>(arguments)...));
 }
 

@@ -262,6 +262,7 @@ bool CudaModel::run_register_brain(const BrainPlan& plan) {
                                      : few(std::false_type{});
   NG_CUDA(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes)));
+  if (starts_early()) take_shared_memory(kernel);
   int copies = shape.copies, chunks = shape.chunks, counted = 1;  // tokens until counts of a byte may be full
   while (2 * counted * chunks * kWideColumns <= 0xff) counted *= 2;
   --counted;

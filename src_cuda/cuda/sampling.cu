@@ -502,8 +502,10 @@ void CudaModel::draw(const float* logits, int64_t rows, int64_t first_row, int32
     launch.gridDim = dim3(static_cast<unsigned>(rows * blocks));
     launch.blockDim = dim3(kSpreadThreads);
     launch.stream = stream_.get();
+    const bool early = speak && starts_early();
     launch.attrs = attributes;
-    launch.numAttrs = speak && starts_early() ? 2 : 1;
+    launch.numAttrs = 1 + early;
+    if (early) take_shared_memory(draw_spread_kernel<Real>);
     NG_CUDA(
         cudaLaunchKernelEx(&launch, draw_spread_kernel<Real>, logits, spec_.vocab, arguments, first_row, ids, speech));
   });

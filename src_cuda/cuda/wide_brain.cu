@@ -11,6 +11,7 @@
 // What slots say to the next item is asked for as soon as they have been heard.
 #include <type_traits>
 
+#include "dependent.cuh"
 #include "register_brain.cuh"
 
 namespace neurogen::cuda {
@@ -170,6 +171,7 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
     present = held(present), rings[0] = held(rings[0]), rings[1] = held(rings[1]);
   }
   __syncwarp();
+  let_later_start();
   const auto receiver = [&] { return lane / 4 * 4; };
   const auto row_of = [&](int column) { return column / 2 * kRows + lane % 4 * 2 + column % 2; };  // in an item
   const auto gated = [&] { return (present & kGated) != 0; };

@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
   // Silence, which is what empty slots hear; rings, term by term; of each warp tables and states.
   extern __shared__ uint4 shared[];
   const uint4 silent = {call.sign, call.sign, call.sign, call.sign};
-  if (threadIdx.x < kTermPieces) shared[threadIdx.x] = silent;
+  for (int i = threadIdx.x; i < kTermPieces; i += blockDim.x) shared[i] = silent;
   __syncthreads();
   const Share& share = call.shares[blockIdx.x % call.base_grid];
   const int lane = held(threadIdx.x % 32), warp = threadIdx.x / 32, copy = warp / share.tiles;
@@ -204,6 +204,7 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
               begin = (blockIdx.x / call.base_grid + copy * replicas) * kWideStreams,
               stride = copies * replicas * kWideStreams;
     if (begin >= streams) break;
+    __syncwarp();  // all have read what the group before was told
     int left = kWideStreams;
     {
       const int chunks = (streams - begin + stride - 1) / stride;
@@ -260,6 +261,7 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
         constexpr int kFirst = first_slot.value, kCount = end_slot.value - kFirst;
         uint4 heard[kCount][kSteps];
         __pipeline_wait_prior(kHearings - 1);  // of so many: but for those that were asked for later
+        asm volatile("" ::: "memory");         // nothing is read before
 #pragma unroll
         for (int k = 0; k < kCount; ++k) {
           const uint4* const from = ring(kFirst + k);

@@ -3,10 +3,10 @@
 // What bounds it is how long each warp waits for its own instructions: ten warps a multiprocessor, two or three a
 // scheduler, which issued 577 instructions in the 3,240 cycles of an item of eight streams (`base`, 64 streams on an
 // H200). So an item has sixteen: twice the independent work between two waits, and what an item costs whatever its
-// streams (places, tests, looking out for spikes) is paid half as often: about 800 instructions, no branch on the way.
-// Expected: 14 -> 8 to 9 us a tick. Cost: six blocks of weights, sums of sixteen streams and what is heard fill the
-// registers, v, w and what is on its way the shared memory; ten warps at most, no tile with both a third drive and a
-// third delayed term, and the second gate's block is read through the L1 cache.
+// streams (places, tests, looking out for spikes) is paid half as often: about 870 instructions. Expected: 14 -> 8 to 9
+// us a tick. Cost: six blocks of weights, sums of sixteen streams and what is heard fill the registers, v, w and what is
+// on its way the shared memory; ten warps at most, no tile with both a third drive and a third delayed term, and the
+// second gate's block is read through the L1 cache.
 //
 // What slots say to the next item is asked for as soon as they have been heard.
 #include <type_traits>
@@ -223,12 +223,14 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
     }
     find_sources(call, 0, tables);
     int token = 0, chunk = 0, row0 = first + begin;
+    const auto ask_all = [&](int begin, int end, int row0, unsigned slots) {
 #pragma unroll
-    for (int j = 0; j < kSlots; ++j) {
-      if (j == kFarSlot || j == kFirstDrive || j == kFirstDelayed - 1 || j == kFirstDelayed) __pipeline_commit();
-      ask(j, row0, present);
-    }
-    __pipeline_commit();
+      for (int j = begin; j < end; ++j) ask(j, row0, slots);
+      __pipeline_commit();
+    };
+    ask_all(kFarSlot, kFirstDrive, row0, present), ask_all(kFirstDrive, kFirstDelayed - 1, row0, present);
+    ask_all(kFirstDelayed - 1, kFirstDelayed, row0, present);
+    ask_all(0, kFarSlot, row0, present), ask_all(kFirstDelayed, kSlots, row0, present);
 #pragma unroll 1
     while (token < call.tokens) {
       // The item after this one; there is none where next_left is 0. What a walk is told comes from memory each time.
@@ -260,8 +262,8 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
       const auto hear = [&](auto first_slot, auto end_slot) {
         constexpr int kFirst = first_slot.value, kCount = end_slot.value - kFirst;
         uint4 heard[kCount][kSteps];
-        __pipeline_wait_prior(kHearings - 1);  // of so many: but for those that were asked for later
-        asm volatile("" ::: "memory");         // nothing is read before
+        __pipeline_wait_prior(kFirst == 0 ? 1 : kHearings - 1);  // but for those that were asked for later
+        asm volatile("" ::: "memory");                           // nothing is read before
 #pragma unroll
         for (int k = 0; k < kCount; ++k) {
           const uint4* const from = ring(kFirst + k);
@@ -310,11 +312,7 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
           }
         }
       };
-      const auto ask_next = [&](int begin, int end) {
-#pragma unroll
-        for (int j = begin; j < end; ++j) ask(j, next_row0, asked);
-        __pipeline_commit();
-      };
+      const auto ask_next = [&](int begin, int end) { ask_all(begin, end, next_row0, asked); };
       const auto offset = [](int i) { return i / 2 * kStepValues + i % 2 * kBlock; };
       const auto own_panel = [&](bf16* panel) {
         return in_global<bf16>(panel) + ((row0 + row_of(0)) * kBlock + receiver());
@@ -324,18 +322,24 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
 #pragma unroll
       for (int i = 0; i < kSteps; ++i) zero(sums[i]);
       hear(Slot<0>{}, Slot<kFarSlot>{});
-      ask_next(0, kFarSlot);
       if (present >> kFarSlot & 1) hear(Slot<kFarSlot>{}, Slot<kFirstDrive>{});
       ask_next(kFarSlot, kFirstDrive);
-      Four<bf16> gates[kColumns];
+      // Gates wait where the first of them has been heard, for there are no registers for them.
+      uint4* const kept = ring(0);
       if (gated()) {
         bf16* const g = own_panel(tables.g);
+        Four<bf16> gates[kColumns];
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) {
           const float4 x = give(i);
           gates[i] =
               pack<bf16>({gate_of(x.x, bf16{}), gate_of(x.y, bf16{}), gate_of(x.z, bf16{}), gate_of(x.w, bf16{})});
           store_if<false>(own(i), g + offset(i), gates[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < kSteps; ++i) {
+          const uint2 &even = gates[2 * i].raw, &odd = gates[2 * i + 1].raw;
+          kept[i * 32] = {even.x, even.y, odd.x, odd.y};
         }
       }
       const float4 bias = load4(&tables.constants[5][receiver()]);
@@ -349,11 +353,13 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
         bf16* const d = own_panel(tables.d);
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) {
-          const float4 x = give(i), gate = unpack<bf16>(gates[i]);
+          const float4 x = give(i),
+                       gate = unpack<bf16>(fetch4(reinterpret_cast<const bf16*>(kept + i / 2 * 32) + i % 2 * 4));
           store_if<false>(own(i), d + offset(i), pack<bf16>(x));
           take(i, {x.x * gate.x, x.y * gate.y, x.z * gate.z, x.w * gate.w});
         }
       }
+      ask_next(0, kFarSlot);
       hear(Slot<kFirstDelayed>{}, Slot<kSlots - 1>{});
       hear(Slot<kSlots - 1>{}, Slot<kSlots>{});
       if (turn && next_token <= call.longest_delay) find_sources(call, next_token, tables);

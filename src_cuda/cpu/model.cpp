@@ -263,7 +263,7 @@ void CpuModel::refresh_derived() {
   derived_stale_ = false;
 }
 
-std::vector<std::pair<std::string, std::string>> CpuModel::execution_plan() const {
+ExecutionPlan CpuModel::execution_plan() const {
   return {{"kernels", kernels().name},
           {"threads", std::to_string(threads_)},
           {"schedule", shares_ticks(spec_.streams) ? "wavefront: threads share the neurons of each tick"

@@ -88,7 +88,7 @@ class CpuModel final : public Model {
   uint64_t passed() override { return marks_; }
   Place place(const void*) const override;
   Counters counters() const override { return counters_; }
-  std::vector<std::pair<std::string, std::string>> execution_plan() const override;
+  ExecutionPlan execution_plan() const override;
 
  private:
   explicit CpuModel(const ModelSpec& spec);  // measures only

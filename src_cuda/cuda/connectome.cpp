@@ -430,21 +430,20 @@ void CudaModel::plan_launch(BrainPlan& plan, const std::vector<TileName>& names,
 }
 
 // Of a call with all streams and tokens.
-std::vector<std::pair<std::string, std::string>> CudaModel::execution_plan() const {
+ExecutionPlan CudaModel::execution_plan() const {
   const BrainPlan& plan = brain_plan(spec_.streams);
   const BrainShape shape = brain_shape(plan, spec_.streams, spec_.max_tokens);
   const auto kib = [](size_t bytes) { return std::to_string((bytes + 512) >> 10) + " KiB"; };
-  std::vector<std::pair<std::string, std::string>> out = {
-      {"device", cuda_device(spec_.device).name},
-      {"precision", spec_.bf16 ? "bf16" : "fp32"},
-      {"brain launch", std::to_string(shape.grid) + " blocks of " + std::to_string(kBrainThreads) +
-                           " threads, shared memory of each: " + kib(shape.shared_bytes)},
-      {"streams at a time", std::to_string(shape.group)},
-      {"v and w", shape.local ? "in shared memory" : "in global memory"},
-      {"weights between neurons", "up to " + kib(shape.slots * kBlockArea * real_size()) + " of " +
-                                      kib(plan.most_terms * kBlockArea * real_size()) +
-                                      " in the shared memory of a block, the rest is streamed"},
-      {"logits at a time", std::to_string(logit_rows_) + " rows"}};
+  ExecutionPlan out = {{"device", cuda_device(spec_.device).name},
+                       {"precision", spec_.bf16 ? "bf16" : "fp32"},
+                       {"brain launch", std::to_string(shape.grid) + " blocks of " + std::to_string(kBrainThreads) +
+                                            " threads, shared memory of each: " + kib(shape.shared_bytes)},
+                       {"streams at a time", std::to_string(shape.group)},
+                       {"v and w", shape.local ? "in shared memory" : "in global memory"},
+                       {"weights between neurons", "up to " + kib(shape.slots * kBlockArea * real_size()) + " of " +
+                                                       kib(plan.most_terms * kBlockArea * real_size()) +
+                                                       " in the shared memory of a block, the rest is streamed"},
+                       {"logits at a time", std::to_string(logit_rows_) + " rows"}};
   const DenseShape dense = dense_shape(spec_.streams);
   if (dense.group > 0) describe_dense(dense, out);
   if (brain_wanted_ != "sparse") describe_registers(register_shape(plan, spec_.streams), plan, out);

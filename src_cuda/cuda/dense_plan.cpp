@@ -133,7 +133,7 @@ size_t CudaModel::dense_bytes(int steps, bool with_weights) const {
 }
 
 // Rows of execution_plan() that this launch answers.
-void CudaModel::describe_dense(const DenseShape& shape, std::vector<std::pair<std::string, std::string>>& plan) const {
+void CudaModel::describe_dense(const DenseShape& shape, ExecutionPlan& plan) const {
   const auto largest = std::max_element(shares_of_dense_.begin(), shares_of_dense_.end(),
                                         [](const DenseShare& x, const DenseShare& y) { return x.blocks < y.blocks; });
   const size_t rest =

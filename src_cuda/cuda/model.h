@@ -154,8 +154,7 @@ constexpr int kGroup = 8;
 struct SourceGroup {
   const void* source;     // row 0 of a panel
   int32_t region, panel;  // their carried spikes, where longest_delay > 0
-  int32_t longest_delay;
-  int32_t count;
+  int32_t longest_delay, count;
   BlockJob jobs[kGroup];
 };
 
@@ -163,11 +162,10 @@ struct SourceGroup {
 // kRectangleColumns of them.
 constexpr int kRectangleRows = 4, kRectangleColumns = 8;
 struct Rectangle {
-  const void *error, *source;  // row 0 of the first panel of each
-  int32_t region, panel;       // where carried spikes of the first source panel are, where delay > 0
-  int32_t delay;
-  int32_t rows, columns;      // of blocks
-  int32_t block, row_blocks;  // number of the first block; from a row of blocks to the next
+  const void *error, *source;    // row 0 of the first panel of each
+  int32_t region, panel;         // where carried spikes of the first source panel are, where delay > 0
+  int32_t delay, rows, columns;  // of blocks
+  int32_t block, row_blocks;     // number of the first block; from a row of blocks to the next
 };
 
 // What the host learns of a call, and what later kernels of the call decide by.
@@ -230,7 +228,7 @@ class CudaModel final : public Model {
   uint64_t passed() override;
   Place place(const void* memory) const override;
   Counters counters() const override { return counters_; }
-  std::vector<std::pair<std::string, std::string>> execution_plan() const override;
+  ExecutionPlan execution_plan() const override;
 
  private:
   struct MeasureOnly {};
@@ -273,14 +271,13 @@ class CudaModel final : public Model {
   void plan_dense(const std::vector<TileName>& names, const std::vector<std::array<std::vector<Term>, kSums>>& brain,
                   const std::vector<std::vector<int>>& owned);
   size_t dense_bytes(int steps, bool with_weights) const;
-  void describe_dense(const DenseShape& shape, std::vector<std::pair<std::string, std::string>>& plan) const;
+  void describe_dense(const DenseShape& shape, ExecutionPlan& plan) const;
   DenseShape dense_shape(int streams) const;
   bool run_dense_brain();  // false: not a call for it
 
   // register_brain.cu: the brain launches of sparse connectomes where a tile has a warp
   RegisterShape register_shape(const BrainPlan& plan, int streams) const;
-  void describe_registers(const RegisterShape& shape, const BrainPlan& plan,
-                          std::vector<std::pair<std::string, std::string>>& out) const;
+  void describe_registers(const RegisterShape& shape, const BrainPlan& plan, ExecutionPlan& out) const;
   RegisterShape call_shape(const BrainPlan& plan) const;  // of this call
   bool run_register_brain(const BrainPlan& plan);         // false: not a call for it
 

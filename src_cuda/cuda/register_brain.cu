@@ -309,8 +309,7 @@ RegisterShape CudaModel::register_shape(const BrainPlan& plan, int streams) cons
   return {};
 }
 
-void CudaModel::describe_registers(const RegisterShape& shape, const BrainPlan& plan,
-                                   std::vector<std::pair<std::string, std::string>>& out) const {
+void CudaModel::describe_registers(const RegisterShape& shape, const BrainPlan& plan, ExecutionPlan& out) const {
   if (shape.group == 0) return;
   const auto kib = [](size_t bytes) { return std::to_string((bytes + 512) >> 10) + " KiB"; };
   const int near = shape.wide ? 0 : plan.most_near, warps = plan.most_tiles * shape.copies;

@@ -132,6 +132,9 @@ struct Counters {
   int64_t launches = 0, syncs = 0, h2d_bytes = 0, d2h_bytes = 0, device_allocations = 0, host_allocations = 0;
 };
 
+using ExecutionPlan =
+    std::vector<std::pair<std::string, std::string>>;  // how a model runs on this machine, for people: name, value
+
 class Model {
  public:
   virtual ~Model() = default;
@@ -195,8 +198,7 @@ class Model {
   virtual Place place(const void* memory) const = 0;
 
   virtual Counters counters() const = 0;
-  // How this model runs on this machine, for people: name and value.
-  virtual std::vector<std::pair<std::string, std::string>> execution_plan() const = 0;
+  virtual ExecutionPlan execution_plan() const = 0;
 };
 
 // Part names and bytes of what a model allocates.

@@ -3,9 +3,11 @@
 //   lw = rho lw' - (1-alpha) lv',   ls = L + (1-rho) b lw,
 //   lv = alpha lv' + (1-rho) a lw + ls ds/du + rate term,   delta = sqrt(1-alpha^2) lv = dE/dI
 // Levels go from the highest down: products with transposed blocks bring L, a scan over time turns it into the errors
-// that weights (weights.cu) and lower levels are multiplied with. Many streams: one kernel does both (credit.cuh).
+// that weights (weights.cu) and lower levels are multiplied with. Many streams: one kernel does both (credit.cuh,
+// bulk_credit.cuh).
 #include "adjoint.cuh"
 #include "batched_product.cuh"
+#include "bulk_credit.cuh"
 #include "credit.cuh"
 #include "dropout.cuh"
 
@@ -245,6 +247,15 @@ void CudaModel::learn_level(int level) {
     const int room = most_pulled_[level];
     const Credit credit{scan, pull_, static_cast<const bf16*>(transposed_blocks_), dropout(), room, gated ? 3 : 1};
     const CreditShape shape = credit_shape(credit, count, processors_, shared_limit_);
+    const bool crowded = call_streams_ >= kBulkStreams && !shape.roomy;
+    if (credit_wanted_ != "lanes" && (crowded || credit_wanted_ == "bulk") && code_of_90()) {
+      const BulkShape bulk = bulk_shape(credit, count, processors_, shared_limit_);
+      if (bulk.stages > 0) {
+        launch_bulk_credit(stream_.get(), credit, count, bulk);
+        launched();
+        return;
+      }
+    }
     if (shape.fits) {
       launch_credit(stream_.get(), credit, count, shape);
       launched();

@@ -71,10 +71,22 @@ std::string brain_override() {
   return name;
 }
 
+// The same for credit of many streams. lanes: always credit.cuh. bulk: bulk_credit.cuh wherever the device has its
+// copies.
+std::string credit_override() {
+  const char* text = std::getenv("NEUROGEN_CREDIT");
+  const std::string name = text ? text : "";
+  if (name != "" && name != "lanes" && name != "bulk") {
+    throw std::invalid_argument("NEUROGEN_CREDIT: expected lanes or bulk, got '" + name + "'");
+  }
+  return name;
+}
+
 }  // namespace
 
 void CudaModel::connect() {
   brain_wanted_ = brain_override();
+  credit_wanted_ = credit_override();
   const int count = static_cast<int>(spec_.regions.size());
   regions_.assign(count, RegionView{});
   history_.assign(count, 0);

@@ -422,7 +422,7 @@ class CudaModel final : public Model {
   int64_t group_count_ = 0, rectangle_count_ = 0;
   std::vector<int> most_pulled_;  // of every level: terms of pull_ of a tile, at most
   // Brain launch: base_grid_ shares, each worked on by up to replicas_ blocks of threads that divide the streams.
-  std::string brain_wanted_;  // NEUROGEN_BRAIN
+  std::string brain_wanted_, credit_wanted_;  // NEUROGEN_BRAIN, NEUROGEN_CREDIT
   int processors_ = 0, base_grid_ = 0, replicas_ = 0, stream_group_ = 0;
   size_t shared_limit_ = 0;
   BrainPlan outside_, inside_;  // the embedding's blocks are multiplied outside the launch, inside it

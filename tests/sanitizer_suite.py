@@ -3,11 +3,11 @@
     compute-sanitizer --tool memcheck --error-exitcode 9 python tests/sanitizer_suite.py [--quick]
 
 Reduced to: three regions with gates, delays, dropout and sparse blocks, odd V; 3 streams x 5 tokens (tied and not,
-graded and binary spikes) and 33 x 2 in groups of 16; both precisions; 1 x 5, 3 x 5 and 900 x 2 of a sparse connectome
-whose weights stay in registers; 33 x 2 of a dense connectome with a vocabulary of
-5,003 in bf16, which has kernels of its own. Training, gradients accumulated, the token-by-token loop, evaluation,
-generation by every kind of sampling, arrays in device memory, read and written, with and without a wrong id (where CuPy
-is installed), a checkpoint saved and loaded.
+graded and binary spikes) and 33 x 2 in groups of 16; both precisions; 1 x 5, 3 x 5, 900 x 2 and 41 x 5 of a sparse
+connectome whose weights stay in registers, the last with credit by copies in bulk; 33 x 2 of a dense connectome with a
+vocabulary of 5,003 in bf16, which has kernels of its own. Training, gradients accumulated, the token-by-token loop,
+evaluation, generation by every kind of sampling, arrays in device memory, read and written, with and without a wrong id
+(where CuPy is installed), a checkpoint saved and loaded.
 
 --quick, for racecheck: it keeps every access to shared memory since the last barrier, and the brain launch has one
 barrier in all. Three models of 2 streams x 3 tokens, two training steps each, an evaluation, two tokens drawn.
@@ -150,6 +150,8 @@ def main():
     done = [whole(*case) for case in cases]
     done += [whole("sparse", SPARSE, "bf16", streams, 5) for streams in (1, 3)]
     done.append(whole("sparse", SPARSE, "bf16", 900, 2))  # more than eight streams a warp
+    os.environ.update(NEUROGEN_CREDIT="bulk")
+    done.append(whole("sparse", SPARSE, "bf16", 41, 5))
     os.environ.update(NEUROGEN_STREAM_GROUP="16")
     done += [whole("plain", BRAINS["plain"], precision, 33, 2) for precision in ("fp32", "bf16")]
     os.environ.update(NEUROGEN_BRAIN="dense")

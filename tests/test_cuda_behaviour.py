@@ -178,6 +178,29 @@ def test_calls_of_any_size_one_after_the_other_give_the_same_bits(monkeypatch, c
     assert ends[0] == ends[1]
 
 
+@pytest.mark.parametrize(
+    ("cfg", "B", "T"),
+    [
+        (SPARSE, 8, 20), (SPARSE, 33, 7), (SPARSE, 200, 5), (dataclasses.replace(SPARSE, dropout=0.2), 70, 6),
+        (BASE, 64, 9), (BASE, 100, 3),
+    ],
+)  # fmt: skip
+def test_credit_in_bulk_or_by_lanes_gives_the_same_bits(monkeypatch, cfg, B, T):
+    """Where the device copies in bulk; on an older one, this compares a kernel with itself."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, cfg.vocab_size, (3, B, T), dtype=np.int32)
+    ends = []
+    for credit in ("lanes", "bulk"):
+        monkeypatch.setenv("NEUROGEN_CREDIT", credit)
+        model = ng.NeuroGen(cfg, backend="cuda", streams=B, max_tokens=T, seed=1, precision="bf16")
+        norms = []
+        for part, resets in zip(ids, (None, np.arange(B * T).reshape(B, T) % 7 == 3, None), strict=True):
+            norms.append(model.train_step_batch(part, np.roll(part, -1, 1).copy(), resets=resets).grad_norm)
+        ends.append((norms, contents(model)))
+        del model
+    assert ends[0] == ends[1]
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_small_has_a_brain_launch_of_its_own(monkeypatch, dropout):
     """Bands of streams share what streams through shared memory, and the last group has fewer of them: same bits. The

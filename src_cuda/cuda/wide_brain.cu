@@ -4,8 +4,8 @@
 // scheduler, which issued 577 instructions in the 3,240 cycles of an item of eight streams (`base`, 64 streams on an
 // H200). So an item has sixteen: twice the independent work between two waits, and what an item costs whatever its
 // streams (places, tests, looking out for spikes) is paid half as often: about 870 instructions. Expected: 14 -> 8 to 9
-// us a tick. Cost: six blocks of weights, sums of sixteen streams and what is heard fill the registers, v, w and what is
-// on its way the shared memory; ten warps at most, no tile with both a third drive and a third delayed term, and the
+// us a tick. Cost: six blocks of weights, sums of sixteen streams and what is heard fill the registers, v, w and what
+// is on its way the shared memory; ten warps at most, no tile with both a third drive and a third delayed term, and the
 // second gate's block is read through the L1 cache.
 //
 // What slots say to the next item is asked for as soon as they have been heard.

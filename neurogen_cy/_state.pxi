@@ -41,6 +41,8 @@ cdef class NeuronState:
                 known.add(key)
                 if _is_spikes(key):
                     value = _new_value(values, key, (shape[1], shape[0], shape[2])).transpose(1, 0, 2)
+                    if (value < 0).any():
+                        raise ValueError(f"state: {key}: expected spikes >= 0, got {value.min()}")
                 else:
                     value = _new_value(values, key, shape)
                 pairs.append((i, value))

@@ -128,6 +128,20 @@ def test_a_reset_makes_a_fresh_stream(make):
     assert not m.brain.broca_output().any()
 
 
+def test_spikes_are_not_negative(make):
+    m, other = make(), make()
+    listen(m, (7, T))
+    state = m.state()
+    key = next(key for key, a in state.items() if key.endswith(".spikes") and a.size)
+    bad = {**state, key: state[key].copy()}
+    bad[key].flat[0] = -1.5
+    with pytest.raises(ValueError, match=rf"state: {key}: expected spikes >= 0, got -1\.5"):
+        other.load_state(bad)
+    assert not any(a.any() for a in other.state().values()), "nothing was loaded"
+    other.load_state({key: np.where(a == 0, np.float32(-0.0), a) for key, a in state.items()})
+    assert other.backward_batch(IDS, TARGETS).loss == m.backward_batch(IDS, TARGETS).loss
+
+
 def test_state_goes_to_other_models_and_streams(make):
     m, other = make(), make()
     listen(m, (7, T))

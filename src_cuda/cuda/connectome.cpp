@@ -93,6 +93,7 @@ void CudaModel::connect() {
   first_block_ = {0};
   for (const ProjectionSpec& p : spec_.projections) {
     first_block_.push_back(first_block_.back() + int64_t{spec_.width(p.dst) / kBlock} * p.blocks_per_row);
+    output_hears_embedding_ |= p.src == kFromEmbedding && p.dst == spec_.readout();
     if (p.src >= 0) history_[p.src] = std::max(history_[p.src], p.delay);
     if (p.dst < count) regions_[p.dst].gated |= p.gate, regions_[p.dst].hears_delayed |= p.delay > 0;
   }

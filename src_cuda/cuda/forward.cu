@@ -416,7 +416,8 @@ BrainCall CudaModel::brain_call(const BrainPlan& plan) const {
 
 void CudaModel::run_brain(bool hushed) {
   const BrainPlan& plan = brain_plan(call_streams_);
-  if (!hushed) hush(call_shape(plan).wide);
+  // By sign, where all that Broca's output sums over has it.
+  if (!hushed) hush(call_shape(plan).wide && !output_hears_embedding_);
   launch_brain(plan);
   if (!hushed) note_spikes(rows_, negative_ ? SpikeSign::negative : SpikeSign::positive);
 }

@@ -10,13 +10,20 @@ namespace {
 
 constexpr int kThreads = 256;
 
+// Spikes with the sign of a call, whatever theirs was: -0 too, and what is no number.
+__device__ inline Four<bf16> with_sign(const Four<bf16>& x, bool negative) {
+  const uint32_t sign = negative ? kTwoSigns : 0;
+  return {{(x.raw.x & ~kTwoSigns) | sign, (x.raw.y & ~kTwoSigns) | sign}};
+}
+__device__ inline Four<float> with_sign(const Four<float>& x, bool) { return x; }  // never negative
+
 // Before the launch: spikes of `rows` rows from `first_row` on become `silence`. carried: those of earlier calls become
 // Real, with the sign of this call's, and none is counted. A block of threads takes tiles, 2^log_threads threads each;
 // blockIdx.y: shares of a tile's work.
 template <class Real>
 __global__ void __launch_bounds__(kThreads)
     hush_kernel(const RegionView* regions, const StateView* states, const TileName* tiles, int tile_count,
-                int64_t first_row, int64_t rows, uint32_t silence, bool carried, float sign, int streams,
+                int64_t first_row, int64_t rows, uint32_t silence, bool carried, bool negative, int streams,
                 int log_threads) {
   constexpr int kAtOnce = 4;
   const int tile = blockIdx.x * (kThreads >> log_threads) + (threadIdx.x >> log_threads);
@@ -48,7 +55,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       const int64_t i = first + j * step;
-      if (i < fours) store4(recent + 4 * i, {sign * x[j].x, sign * x[j].y, sign * x[j].z, sign * x[j].w});
+      if (i < fours) put4(recent + 4 * i, with_sign(pack<Real>(x[j]), negative));
     }
   }
 }
@@ -61,9 +68,11 @@ __global__ void __launch_bounds__(kThreads)
 // sign, as after a call with fewer rows. `base`, 64 x 512: 2.6 GB less to write, expected 0.6 ms.
 void CudaModel::hush(bool by_sign) {
   if (signs_.empty()) signs_.push_back({capacity_, SpikeSign::positive});  // panels begin as zeros
-  const auto for_rows = [&](auto body) {                                   // body(first row, rows, their sign)
+  const std::vector<SignedRows> before = signs_;
+  note_spikes(rows_, SpikeSign::unknown);  // until the launch is under way
+  const auto for_rows = [&](auto body) {   // body(first row, rows, their sign)
     int64_t begin = 0;
-    for (const SignedRows& some : signs_) {
+    for (const SignedRows& some : before) {
       if (begin < rows_) body(begin, std::min(some.end, rows_) - begin, some.sign);
       begin = some.end;
     }
@@ -78,7 +87,6 @@ void CudaModel::hush(bool by_sign) {
   for_rows([&](int64_t first, int64_t rows, SpikeSign sign) {
     if (by_sign && sign != wanted) hush_rows(first, rows, negative_ ? 0 : ~0u, false);
   });
-  note_spikes(rows_, SpikeSign::unknown);  // until the launch is under way
 }
 
 void CudaModel::note_spikes(int64_t rows, SpikeSign sign) {
@@ -99,9 +107,9 @@ void CudaModel::hush_rows(int64_t first, int64_t rows, uint32_t silence, bool ca
   const dim3 hush_grid((tiles_ + tiles_each - 1) / tiles_each,
                        static_cast<unsigned>(std::clamp<int64_t>(fours / (2 * kThreads), 1, 64)));
   with_real(spec_.bf16, [&](auto real) {
-    hush_kernel<decltype(real)><<<hush_grid, kThreads, 0, stream_.get()>>>(
-        region_views_, active_->views(), tile_names_, tiles_, first, rows, silence, carried, negative_ ? -1.0f : 1.0f,
-        call_streams_, log_threads);
+    hush_kernel<decltype(real)><<<hush_grid, kThreads, 0, stream_.get()>>>(region_views_, active_->views(), tile_names_,
+                                                                           tiles_, first, rows, silence, carried,
+                                                                           negative_, call_streams_, log_threads);
   });
   launched();
 }

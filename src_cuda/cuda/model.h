@@ -466,8 +466,8 @@ class CudaModel final : public Model {
   uint8_t* resets_ = nullptr;                       // [M]
   int32_t* age_ = nullptr;  // [M] tokens since the stream's last reset in this call, large without one
   std::vector<double> rates_;
-  std::vector<SignedRows> signs_;  // of the spikes that panels hold, from the first row on
-  bool negative_ = false;          // spikes of this call
+  std::vector<SignedRows> signs_;                           // of the spikes that panels hold, from the first row on
+  bool negative_ = false, output_hears_embedding_ = false;  // spikes of this call; there is such a projection
 
   void* x_ = nullptr;              // Real, panels
   float* dx_ = nullptr;            // [M, D]

@@ -256,9 +256,9 @@ __global__ void __launch_bounds__(kThreads) commit_kernel(Commit p) {
 #pragma unroll
     for (int j = 0; j < kShiftedAtOnce; ++j) {
       const int k = oldest - j;
-      float4 fresh = unpack(spoken[j]);
-      fresh = {fabsf(fresh.x), fabsf(fresh.y), fabsf(fresh.z), fabsf(fresh.w)};  // see CudaModel::hush
-      const auto choose = [&](float one, float other) { return age < k ? 0.0f : k < p.tokens ? one : other; };
+      const float4 fresh = unpack(spoken[j]);
+      // Without the sign, see CudaModel::hush.
+      const auto choose = [&](float one, float other) { return age < k ? 0.0f : fabsf(k < p.tokens ? one : other); };
       const float4 moved = {choose(fresh.x, old[j].x), choose(fresh.y, old[j].y), choose(fresh.z, old[j].z),
                             choose(fresh.w, old[j].w)};
       if (k < 0) continue;

@@ -58,6 +58,8 @@ __device__ inline KeptBlock flip(const BlockWeights<bf16>& weights, uint32_t sig
 
 // x in a register, not computed again wherever it is used.
 __device__ inline unsigned held(unsigned x) { return __shfl_sync(0xffffffffu, x, threadIdx.x % 32); }
+// What is the same for all lanes, so that the compiler knows: it has registers of its own, of which there are enough.
+__device__ inline unsigned same(unsigned x) { return __shfl_sync(0xffffffffu, x, 0); }
 
 // sums += block * sources, in an order that leaves independent products between dependent ones.
 __device__ inline void multiply_add(Sums (&sums)[kSteps], const KeptBlock& block, const uint4 (&source)[kSteps]) {
@@ -77,19 +79,13 @@ __device__ inline void multiply_add(Sums (&sums)[kSteps], const KeptBlock& block
   }
 }
 
-// The same, from a block in memory, half of it at a time.
-__device__ inline void multiply_add_far(Sums (&sums)[kSteps], const uint4* block, const uint4 (&source)[kSteps]) {
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    const uint4 even = block[i * 32 + threadIdx.x % 32], odd = block[i * 32 + 32 + threadIdx.x % 32];
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      float (&x)[4][2] = sums[step].x;
-      const uint4& s = source[step];
-      tensor_product(x[i][0], x[i][1], x[i + 1][0], x[i + 1][1], even.x, odd.x, even.y, odd.y, s.x, s.y);
-      tensor_product(x[i][0], x[i][1], x[i + 1][0], x[i + 1][1], even.z, odd.z, even.w, odd.w, s.z, s.w);
-    }
-  }
+// A part of a block, from memory each time; what comes and goes meanwhile does not push it out of the L1 cache.
+__device__ inline uint4 load_kept(const uint4* from) {
+  uint4 x;
+  asm volatile("ld.global.nc.L1::evict_last.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(from));
+  return x;
 }
 
 // From shared memory each time, not kept in registers.
@@ -111,7 +107,7 @@ __device__ inline void store_if(bool counts, bf16* to, const Four<bf16>& x) {
                  "l"(to), "l"(bits)
                  : "memory");
   } else {
-    asm volatile("{.reg .pred counts; setp.ne.s32 counts, %0, 0; @counts st.global.b64 [%1], %2;}" ::"r"(
+    asm volatile("{.reg .pred counts; setp.ne.s32 counts, %0, 0; @counts st.global.L1::no_allocate.b64 [%1], %2;}" ::"r"(
                      static_cast<int>(counts)),
                  "l"(to), "l"(bits)
                  : "memory");
@@ -136,11 +132,11 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
   for (int i = threadIdx.x; i < kTermPieces; i += blockDim.x) shared[i] = silent;
   __syncthreads();
   const Share& share = call.shares[blockIdx.x % call.base_grid];
-  const int lane = held(threadIdx.x % 32), warp = threadIdx.x / 32, copy = warp / share.tiles;
+  const int lane = held(threadIdx.x % 32), warp = same(threadIdx.x / 32), copy = same(warp / share.tiles);
   if (copy >= copies) return;  // several warps have a tile, but no more than that
   unsigned room = (1 + copies * share.terms) * kWideRingBytes;
   room += warp * (sizeof(WarpTables) + most_chunks * sizeof(WideState));
-  WarpTables& tables = *reinterpret_cast<WarpTables*>(reinterpret_cast<char*>(shared) + held(room));
+  WarpTables& tables = *reinterpret_cast<WarpTables*>(reinterpret_cast<char*>(shared) + same(room));
   WideState* const states = reinterpret_cast<WideState*>(&tables + 1);
   unsigned present;            // bits: slots that are not empty; kGated and so on
   uint32_t rings[2] = {0, 0};  // bytes, slot by slot: the ring's number, 0 = silence
@@ -168,7 +164,7 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
       present |= 1u << j;
       rings[j / 4] |= ring++ << 8 * (j % 4);
     }
-    present = held(present), rings[0] = held(rings[0]), rings[1] = held(rings[1]);
+    present = same(present), rings[0] = same(rings[0]), rings[1] = same(rings[1]);
   }
   __syncwarp();
   let_later_start();
@@ -176,9 +172,11 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
   const auto row_of = [&](int column) { return column / 2 * kRows + lane % 4 * 2 + column % 2; };  // in an item
   const auto gated = [&] { return (present & kGated) != 0; };
   const auto ring = [&](int j) {
-    unsigned number;  // never kept in a register: there is none to spare
-    asm volatile("bfe.u32 %0, %1, %2, 8;" : "=r"(number) : "r"(rings[j / 4]), "r"(j % 4 * 8));
-    return shared + number * kTermPieces + lane;
+    unsigned at;  // computed each time: lanes have no register to keep it in
+    asm volatile("mad.lo.u32 %0, %1, 16, %2;"
+                 : "=r"(at)
+                 : "r"(lane), "r"((rings[j / 4] >> j % 4 * 8 & 0xff) * static_cast<unsigned>(kWideRingBytes)));
+    return reinterpret_cast<uint4*>(reinterpret_cast<char*>(shared) + at);
   };
   const auto source = [&](int j) { return in_global<const bf16>(const_cast<bf16*>(tables.sources[j])); };
   // All sixteen rows, also those that are not there: spare rows, of the next token or of other streams, of which
@@ -201,8 +199,8 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
 
   for (int first = 0; first < call.streams; first += call.stream_group) {
     const int streams = min(call.stream_group, call.streams - first), replicas = gridDim.x / call.base_grid,
-              begin = (blockIdx.x / call.base_grid + copy * replicas) * kWideStreams,
-              stride = copies * replicas * kWideStreams;
+              begin = same((blockIdx.x / call.base_grid + copy * replicas) * kWideStreams),
+              stride = same(copies * replicas * kWideStreams);
     if (begin >= streams) break;
     __syncwarp();  // all have read what the group before was told
     int left = kWideStreams;
@@ -235,11 +233,11 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
     while (token < call.tokens) {
       // The item after this one; there is none where next_left is 0. What a walk is told comes from memory each time.
       const volatile WarpTables& told = tables;
-      const int chunks = told.chunks, last_left = told.last_left;
+      const int chunks = same(told.chunks), last_left = same(told.last_left);
       const bool turn = chunk == chunks - 1;
       const int next_token = token + turn, next_chunk = turn ? 0 : chunk + 1,
                 next_row0 =
-                    row0 + (turn ? told.leap : copies * static_cast<int>(gridDim.x / call.base_grid) * kWideStreams),
+                    row0 + (turn ? same(told.leap) : stride),
                 next_left = next_token == call.tokens  ? 0
                             : next_chunk == chunks - 1 ? last_left
                                                        : kWideStreams;
@@ -258,6 +256,13 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
         const float (&from)[4][2] = sums[i / 2].x;
         return float4{from[0][i % 2], from[1][i % 2], from[2][i % 2], from[3][i % 2]};
       };
+      BlockWeights<bf16> far;  // asked for as early as there are registers
+      const auto ask_far = [&](int begin) {
+        if (!(present >> kFarSlot & 1)) return;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) far.row[begin + i] = load_kept(tables.far + (begin + i) * 32 + lane);
+      };
+      ask_far(0);
       // Adds what slots say, once it is there.
       const auto hear = [&](auto first_slot, auto end_slot) {
         constexpr int kFirst = first_slot.value, kCount = end_slot.value - kFirst;
@@ -270,10 +275,10 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
 #pragma unroll
           for (int i = 0; i < kSteps; ++i) heard[k][i] = from[i * 32];
         }
-        const auto there = [&](int i) { return i * kRows + lane / 4 < left; };
+        // Sign bits: whether this is still missing, of a row that is there, of a source that can be.
         const auto late = [&](int k, int i) {
-          const bool known = kFirst + k < kFirstDelayed && present >> (kEmbedded + kFirst + k) & 1;
-          return known || !there(i) ? 0 : unspoken(heard[k][i], call.sign);
+          const unsigned x = unspoken(heard[k][i], call.sign) & (lane / 4 + i * kRows - left);
+          return kFirst + k < kFirstDelayed ? x & ~(present << (31 - kEmbedded - kFirst - k)) : x;
         };
         const auto missing = [&] {
           unsigned all = 0;
@@ -306,7 +311,7 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
             const uint32_t sign = present >> (kEmbedded + kFarSlot) & 1 ? 0 : call.sign;
 #pragma unroll
             for (uint4& x : heard[k]) x = flip(x, sign);
-            multiply_add_far(sums, in_global<const uint4>(const_cast<uint4*>(tables.far)), heard[k]);
+            multiply_add(sums, KeptBlock(far), heard[k]);
           } else {
             multiply_add(sums, blocks[block_of(kFirst + k)], heard[k]);
           }
@@ -322,6 +327,7 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
 #pragma unroll
       for (int i = 0; i < kSteps; ++i) zero(sums[i]);
       hear(Slot<0>{}, Slot<kFarSlot>{});
+      ask_far(2);
       if (present >> kFarSlot & 1) hear(Slot<kFarSlot>{}, Slot<kFirstDrive>{});
       ask_next(kFarSlot, kFirstDrive);
       // Gates wait where the first of them has been heard, for there are no registers for them.

@@ -19,6 +19,33 @@ constexpr int kQuartetTerms = 8;  // from so many terms on a quartet pays
 // writing their sums to memory (4 bytes a neuron) and reading them there. Many are cheaper for all tokens at once.
 constexpr int64_t kInsideTerms = 4;
 
+// Tiles change places while that makes the most loaded share lighter: it is the one that all others wait for.
+void even_out(std::vector<std::vector<int>>& shares, const std::function<int64_t(int)>& cost_of) {
+  std::vector<int64_t> loads;
+  for (const std::vector<int>& tiles : shares) {
+    loads.push_back(0);
+    for (int tile : tiles) loads.back() += cost_of(tile);
+  }
+  const auto lighten = [&] {
+    const size_t heavy = std::max_element(loads.begin(), loads.end()) - loads.begin();
+    const size_t light = std::min_element(loads.begin(), loads.end()) - loads.begin();
+    int64_t least = loads[heavy], moved = 0;
+    std::pair<int*, int*> exchange;
+    for (int& mine : shares[heavy]) {
+      for (int& other : shares[light]) {
+        const int64_t less = cost_of(mine) - cost_of(other), most = std::max(loads[heavy] - less, loads[light] + less);
+        if (most < least) least = most, moved = less, exchange = {&mine, &other};
+      }
+    }
+    if (moved == 0) return false;
+    std::swap(*exchange.first, *exchange.second);
+    loads[heavy] -= moved, loads[light] += moved;
+    return true;
+  };
+  while (lighten()) {
+  }
+}
+
 // Receivers first, then terms: a list built receiver by receiver.
 struct ListBuilder {
   std::vector<std::vector<Term>> of;
@@ -357,12 +384,14 @@ void CudaModel::plan_launch(BrainPlan& plan, const std::vector<TileName>& names,
   std::priority_queue<Load, std::vector<Load>, std::greater<Load>> loads;
   for (int block = 0; block < base_grid_; ++block) loads.push({0, block});
   std::vector<std::vector<int>> owned(base_grid_);
+  const auto cost_of = [&](int tile) { return static_cast<int64_t>(terms_of(tile)) + kTileCost; };
   for (int tile : order) {
     auto [cost, block] = loads.top();
     loads.pop();
     owned[block].push_back(tile);
-    loads.push({cost + static_cast<int64_t>(terms_of(tile)) + kTileCost, block});
+    loads.push({cost + cost_of(tile), block});
   }
+  even_out(owned, cost_of);
 
   const size_t fixed = regions_.size() * (sizeof(RegionView) + sizeof(StateView)),
                block_bytes = kBlockArea * real_size();
@@ -408,7 +437,7 @@ void CudaModel::plan_launch(BrainPlan& plan, const std::vector<TileName>& names,
     share.tile_begin = static_cast<int32_t>(tiles.size());
     share.term_begin = static_cast<int32_t>(terms.size());
     share.resident_begin = static_cast<int32_t>(resident.size());
-    int slot = 0, near = 0;
+    int slot = 0, near = 0, far = 0;
     for (int tile : mine) {
       BrainTile entry = brain_tile(names[tile]);
       for (int kind = 0; kind < 3; ++kind) {
@@ -424,7 +453,7 @@ void CudaModel::plan_launch(BrainPlan& plan, const std::vector<TileName>& names,
         }
       }
       entry.terms[3] = static_cast<int32_t>(terms.size()) - share.term_begin;
-      near += register_near(entry.terms);
+      near += register_near(entry.terms), far += wide_far(entry.terms);
       tiles.push_back(entry);
     }
     share.tiles = static_cast<int32_t>(mine.size());
@@ -432,6 +461,8 @@ void CudaModel::plan_launch(BrainPlan& plan, const std::vector<TileName>& names,
     share.residents = slot;
     plan.most_slots = std::max(plan.most_slots, slot);
     plan.most_near = std::max(plan.most_near, near);
+    plan.wide_shares.push_back({share.tiles * kRegisterTableBytes + share.terms * kWideRingBytes + far * kWideFarBytes,
+                                share.tiles});
     plan.most_terms = std::max<int64_t>(plan.most_terms, share.terms);
     shares.push_back(share);
   }

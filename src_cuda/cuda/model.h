@@ -140,6 +140,7 @@ struct BrainPlan {
   // are not in registers, at most; of many.
   bool in_registers = false, wide = false;
   int most_near = 0;
+  std::vector<std::pair<size_t, int>> wide_shares;  // of each: bytes of shared memory but for v and w; tiles
 };
 
 // One weight block for the weight-gradient kernel.

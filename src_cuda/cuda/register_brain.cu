@@ -300,10 +300,12 @@ RegisterShape CudaModel::register_shape(const BrainPlan& plan, int streams) cons
   for (int passes = 1; plan.wide && passes <= limit && limit > kRegisterStreams; ++passes) {
     shape = shape_of((limit + passes - 1) / passes, kWideStreams, kWideWarps);
     shape.wide = true;
+    size_t most = 0;
+    for (const auto& [bytes, tiles] : plan.wide_shares) {
+      most = std::max(most, bytes + tiles * shape.chunks * register_state_bytes(kWideColumns));
+    }
+    shape.shared_bytes = kWideRingBytes + shape.copies * most;
     const int64_t rings = 1 + shape.copies * plan.most_terms;
-    shape.shared_bytes =
-        rings * kWideRingBytes +
-        plan.most_tiles * shape.copies * (kRegisterTableBytes + shape.chunks * register_state_bytes(kWideColumns));
     if (shape.shared_bytes <= shared_limit_ && rings <= 0xff && shape.chunks * kWideColumns <= 0xff) return shape;
   }
   return {};

@@ -32,10 +32,9 @@ struct WarpTables {
   const float *v, *w;           // of earlier calls, the lane's neurons of stream 0 at lane_receiver()
   float *next_v, *next_w;       // for later ones
   int* counts;                  // of spikes
-  const uint4* far;             // a block of weights that has no place elsewhere (wide_brain.cu)
   int width;                    // of a row of v
   int delays[kSlots - kFirstDelayed];
-  int chunks, last_left, leap, unused;  // what a walk is told (wide_brain.cu)
+  int chunks, last_left, leap, unused[3];  // what a walk is told (wide_brain.cu)
 };
 static_assert(sizeof(WarpTables) == kRegisterTableBytes, "the host plans with it");
 static_assert(sizeof(WarpTables) % sizeof(uint4) == 0, "states follow");

@@ -13,7 +13,7 @@ namespace neurogen::cuda {
 // How many terms of each kind (gates, drives, delayed) a tile may have.
 constexpr int kRegisterSlots[3] = {2, 3, 3};
 // Bytes of shared memory of a warp: its tables.
-constexpr size_t kRegisterTableBytes = 6 * kBlock * 4 + (8 + 4 + 6) * 8 + 8 * 4;
+constexpr size_t kRegisterTableBytes = 6 * kBlock * 4 + (8 + 4 + 5) * 8 + 10 * 4;
 // What a warp keeps of v and w; columns: streams that a lane has.
 constexpr size_t register_state_bytes(int columns) { return size_t{2} * columns * 32 * 16; }
 // That of few streams (register_brain.cu): warps of a block of threads, streams of a warp at most, and the blocks of a
@@ -31,6 +31,9 @@ __host__ __device__ constexpr int register_near(const int32_t (&terms)[4]) {  //
 // That of many (wide_brain.cu): streams of a warp at a time, of a lane, and what one term says to them.
 constexpr int kWideWarps = 10, kWideStreams = 16, kWideColumns = 4;
 constexpr size_t kWideRingBytes = 2 * 32 * 16;
+// A tile's second gate has no place in registers: its block is in shared memory.
+constexpr size_t kWideFarBytes = sizeof(uint16_t) * kBlock * kBlock;
+__host__ __device__ constexpr bool wide_far(const int32_t (&terms)[4]) { return terms[1] - terms[0] > 1; }
 
 // group = 0: it is not for this connectome.
 struct RegisterShape {

@@ -6,7 +6,7 @@
 // streams (places, tests, looking out for spikes) is paid half as often: about 870 instructions. Expected: 14 -> 8 to 9
 // us a tick. Cost: six blocks of weights, sums of sixteen streams and what is heard fill the registers, v, w and what
 // is on its way the shared memory; ten warps at most, no tile with both a third drive and a third delayed term, and the
-// second gate's block is read through the L1 cache.
+// second gate's block is read from shared memory.
 //
 // What slots say to the next item is asked for as soon as they have been heard.
 #include <type_traits>
@@ -79,15 +79,6 @@ __device__ inline void multiply_add(Sums (&sums)[kSteps], const KeptBlock& block
   }
 }
 
-// A part of a block, from memory each time; what comes and goes meanwhile does not push it out of the L1 cache.
-__device__ inline uint4 load_kept(const uint4* from) {
-  uint4 x;
-  asm volatile("ld.global.nc.L1::evict_last.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "l"(from));
-  return x;
-}
-
 // From shared memory each time, not kept in registers.
 __device__ inline float4 load4_again(const float* from) {
   float4 x;
@@ -126,7 +117,7 @@ __device__ inline uint32_t spikes_of(const Four<bf16>& s) {
 template <bool Resets>
 __global__ void __launch_bounds__(kWideWarps * 32, 1)
     run_wide_kernel(const __grid_constant__ BrainCall call, int copies, int most_chunks, int counted) {
-  // Silence, which is what empty slots hear; rings, term by term; of each warp tables and states.
+  // Silence, which is what empty slots hear; rings, term by term; of each warp tables and states; far blocks.
   extern __shared__ uint4 shared[];
   const uint4 silent = {call.sign, call.sign, call.sign, call.sign};
   for (int i = threadIdx.x; i < kTermPieces; i += blockDim.x) shared[i] = silent;
@@ -134,10 +125,12 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
   const Share& share = call.shares[blockIdx.x % call.base_grid];
   const int lane = held(threadIdx.x % 32), warp = same(threadIdx.x / 32), copy = same(warp / share.tiles);
   if (copy >= copies) return;  // several warps have a tile, but no more than that
-  unsigned room = (1 + copies * share.terms) * kWideRingBytes;
-  room += warp * (sizeof(WarpTables) + most_chunks * sizeof(WideState));
+  const unsigned own_bytes = sizeof(WarpTables) + most_chunks * sizeof(WideState);
+  unsigned room = (1 + copies * share.terms) * kWideRingBytes, far = room + copies * share.tiles * own_bytes;
+  room += warp * own_bytes;
   WarpTables& tables = *reinterpret_cast<WarpTables*>(reinterpret_cast<char*>(shared) + same(room));
   WideState* const states = reinterpret_cast<WideState*>(&tables + 1);
+  const auto far_block = [&] { return reinterpret_cast<uint4*>(reinterpret_cast<char*>(shared) + far) + lane; };
   unsigned present;            // bits: slots that are not empty; kGated and so on
   uint32_t rings[2] = {0, 0};  // bytes, slot by slot: the ring's number, 0 = silence
   KeptBlock blocks[kHeldBlocks];
@@ -145,6 +138,8 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
     const Place place(call);
     present = fill_tables(call, *place.tile, tables);
     unsigned ring = 1 + copy * share.terms + place.tile->terms[0];
+    const bool before = lane < place.own && wide_far(place.tile[lane - place.own].terms);
+    far = same(far + (__popc(__ballot_sync(0xffffffffu, before)) * copies + copy) * kWideFarBytes);
 #pragma unroll
     for (int j = 0; j < kHeldBlocks; ++j) blocks[j] = KeptBlock(BlockWeights<bf16>{});
 #pragma unroll
@@ -156,10 +151,12 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
       block.load(from);
       const bool embedded = term->region == kFromEmbedding;
       if (embedded) present |= 1u << (kEmbedded + j);
+      const KeptBlock kept = flip(block, embedded ? 0 : call.sign);
       if (j != kFarSlot) {
-        blocks[block_of(j)] = flip(block, embedded ? 0 : call.sign);
-      } else if (lane == 0) {
-        tables.far = reinterpret_cast<const uint4*>(from);
+        blocks[block_of(j)] = kept;
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) far_block()[i * 32] = kept.operand[i];
       }
       present |= 1u << j;
       rings[j / 4] |= ring++ << 8 * (j % 4);
@@ -256,13 +253,6 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
         const float (&from)[4][2] = sums[i / 2].x;
         return float4{from[0][i % 2], from[1][i % 2], from[2][i % 2], from[3][i % 2]};
       };
-      BlockWeights<bf16> far;  // asked for as early as there are registers
-      const auto ask_far = [&](int begin) {
-        if (!(present >> kFarSlot & 1)) return;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) far.row[begin + i] = load_kept(tables.far + (begin + i) * 32 + lane);
-      };
-      ask_far(0);
       // Adds what slots say, once it is there.
       const auto hear = [&](auto first_slot, auto end_slot) {
         constexpr int kFirst = first_slot.value, kCount = end_slot.value - kFirst;
@@ -308,10 +298,10 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
             if (age[i] < tables.delays[kFirst + k - kFirstDelayed]) heard[k][i] = silent;
           }
           if constexpr (kFirst == kFarSlot) {
-            const uint32_t sign = present >> (kEmbedded + kFarSlot) & 1 ? 0 : call.sign;
+            KeptBlock block;
 #pragma unroll
-            for (uint4& x : heard[k]) x = flip(x, sign);
-            multiply_add(sums, KeptBlock(far), heard[k]);
+            for (int i = 0; i < 4; ++i) block.operand[i] = far_block()[i * 32];
+            multiply_add(sums, block, heard[k]);
           } else {
             multiply_add(sums, blocks[block_of(kFirst + k)], heard[k]);
           }
@@ -327,7 +317,6 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
 #pragma unroll
       for (int i = 0; i < kSteps; ++i) zero(sums[i]);
       hear(Slot<0>{}, Slot<kFarSlot>{});
-      ask_far(2);
       if (present >> kFarSlot & 1) hear(Slot<kFarSlot>{}, Slot<kFirstDrive>{});
       ask_next(kFarSlot, kFirstDrive);
       // Gates wait where the first of them has been heard, for there are no registers for them.

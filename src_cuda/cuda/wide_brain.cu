@@ -98,7 +98,7 @@ __device__ inline void store_if(bool counts, bf16* to, const Four<bf16>& x) {
                  "l"(to), "l"(bits)
                  : "memory");
   } else {
-    asm volatile("{.reg .pred counts; setp.ne.s32 counts, %0, 0; @counts st.global.L1::no_allocate.b64 [%1], %2;}" ::"r"(
+    asm volatile("{.reg .pred counts; setp.ne.s32 counts, %0, 0; @counts st.global.cs.b64 [%1], %2;}" ::"r"(
                      static_cast<int>(counts)),
                  "l"(to), "l"(bits)
                  : "memory");

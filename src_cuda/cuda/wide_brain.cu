@@ -20,7 +20,7 @@ namespace {
 constexpr int kSteps = kWideStreams / kRows, kColumns = kWideColumns;  // of an item: times kRows streams; of a lane
 constexpr int kTermPieces = kSteps * 32;                               // of 16 bytes: what a term says to an item
 constexpr int kEmbedded = 8;             // bits from here on: slots that hear the embedding
-constexpr int kHearings = 5;             // of an item: kinds of spikes asked for together
+constexpr int kHearings = 4;             // of an item: kinds of spikes asked for together
 constexpr int kHeldBlocks = kSlots - 2;  // in registers
 static_assert(kColumns == 2 * kSteps, "a lane has two rows of a step");
 static_assert(kTermPieces * sizeof(uint4) == kWideRingBytes, "the host plans with it");
@@ -223,9 +223,8 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
       for (int j = begin; j < end; ++j) ask(j, row0, slots);
       __pipeline_commit();
     };
-    ask_all(kFarSlot, kFirstDrive, row0, present), ask_all(kFirstDrive, kFirstDelayed - 1, row0, present);
-    ask_all(kFirstDelayed - 1, kFirstDelayed, row0, present);
-    ask_all(0, kFarSlot, row0, present), ask_all(kFirstDelayed, kSlots, row0, present);
+    ask_all(0, kFirstDrive, row0, present), ask_all(kFirstDrive, kFirstDelayed - 1, row0, present);
+    ask_all(kFirstDelayed - 1, kFirstDelayed, row0, present), ask_all(kFirstDelayed, kSlots, row0, present);
 #pragma unroll 1
     while (token < call.tokens) {
       // The item after this one; there is none where next_left is 0. What a walk is told comes from memory each time.
@@ -257,7 +256,7 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
       const auto hear = [&](auto first_slot, auto end_slot) {
         constexpr int kFirst = first_slot.value, kCount = end_slot.value - kFirst;
         uint4 heard[kCount][kSteps];
-        __pipeline_wait_prior(kFirst == 0 ? 1 : kHearings - 1);  // but for those that were asked for later
+        __pipeline_wait_prior(kHearings - 1);  // but for those that were asked for later
         asm volatile("" ::: "memory");                           // nothing is read before
 #pragma unroll
         for (int k = 0; k < kCount; ++k) {
@@ -318,23 +317,16 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
       for (int i = 0; i < kSteps; ++i) zero(sums[i]);
       hear(Slot<0>{}, Slot<kFarSlot>{});
       if (present >> kFarSlot & 1) hear(Slot<kFarSlot>{}, Slot<kFirstDrive>{});
-      ask_next(kFarSlot, kFirstDrive);
-      // Gates wait where the first of them has been heard, for there are no registers for them.
-      uint4* const kept = ring(0);
+      ask_next(0, kFirstDrive);
+      Four<bf16> gates[kColumns];
       if (gated()) {
         bf16* const g = own_panel(tables.g);
-        Four<bf16> gates[kColumns];
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) {
           const float4 x = give(i);
           gates[i] =
               pack<bf16>({gate_of(x.x, bf16{}), gate_of(x.y, bf16{}), gate_of(x.z, bf16{}), gate_of(x.w, bf16{})});
           store_if<false>(own(i), g + offset(i), gates[i]);
-        }
-#pragma unroll
-        for (int i = 0; i < kSteps; ++i) {
-          const uint2 &even = gates[2 * i].raw, &odd = gates[2 * i + 1].raw;
-          kept[i * 32] = {even.x, even.y, odd.x, odd.y};
         }
       }
       const float4 bias = load4(&tables.constants[5][receiver()]);
@@ -349,12 +341,11 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) {
           const float4 x = give(i),
-                       gate = unpack<bf16>(fetch4(reinterpret_cast<const bf16*>(kept + i / 2 * 32) + i % 2 * 4));
+                       gate = unpack<bf16>(gates[i]);
           store_if<false>(own(i), d + offset(i), pack<bf16>(x));
           take(i, {x.x * gate.x, x.y * gate.y, x.z * gate.z, x.w * gate.w});
         }
       }
-      ask_next(0, kFarSlot);
       hear(Slot<kFirstDelayed>{}, Slot<kSlots - 1>{});
       hear(Slot<kSlots - 1>{}, Slot<kSlots>{});
       if (turn && next_token <= call.longest_delay) find_sources(call, next_token, tables);

@@ -92,6 +92,17 @@ def unchanged(state: Any, streams: NDArray[np.bool_]) -> Iterator[None]:
         state.load(now)
 
 
+def until_stops(
+    drawn: NDArray[np.int32], finished: NDArray[np.bool_], stops: NDArray[np.int64]
+) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """What streams say of what was drawn, [count, S], and which are finished before each token and at the end.
+
+    Of all tokens at once, for the device waits meanwhile.
+    """
+    over = np.logical_or.accumulate(np.vstack((finished[None], np.isin(drawn, stops))), axis=0)
+    return np.where(over[:-1], np.int32(FINISHED), drawn), over
+
+
 def generate(
     model: NeuroGen,
     prompts: Any,
@@ -131,14 +142,14 @@ def generate(
                     state, broca, count_now, temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy,
                     seed=seed, position=position,
                 )
-            for ids in drawn:
-                said = np.where(finished, FINISHED, ids).astype(np.int32)
-                finished = finished | np.isin(ids, stops)
-                yield said
-                if finished.all():
+            said, over = until_stops(drawn, finished, stops)
+            for ids, all_over in zip(said, over[1:].all(axis=1).tolist(), strict=True):
+                yield ids
+                if all_over:
                     return
             if len(drawn) < count_now:
                 raise OverflowError("neuron state: expected finite values, got NaN or infinity")
+            finished = over[-1]
             position += len(drawn)
 
     return tokens(1 if carry else model._module.TOKENS_AHEAD)  # a conversation hears no more than was said

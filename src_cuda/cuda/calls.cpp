@@ -236,7 +236,7 @@ int CudaModel::generate(State& state, float* broca, const Sampling& sampling, in
   copy_in(d_broca_, broca, bytes);
   to_real(d_broca_, rows_ * spec_.dim, broca_real_);
   hush();
-  const int64_t batch = capacity_ / rows_;
+  const int64_t batch = drawn_room() / rows_;
   Sampling from = sampling;
   for (int64_t token = 0; token < count; token += batch) {
     const int64_t some = std::min(batch, count - token);

@@ -31,7 +31,8 @@ CudaModel::CudaModel(const ModelSpec& spec) : CudaModel(spec, MeasureOnly{}) {
   done_ = new_event(spec_.spin);
   arrived_ = new_event(false);
   given_ = new_event(false);
-  pinned_size_ = inbox_size_ + outbox_size_ + sizeof(float) * spec_.streams * spec_.dim + 4096;
+  pinned_size_ = inbox_size_ + outbox_size_ + sizeof(float) * spec_.streams * spec_.dim +
+                 sizeof(int32_t) * drawn_room() + 4096;
   pinned_ = pinned_memory(pinned_size_);
   rates_.resize(regions_.size());
   build_lists();
@@ -180,7 +181,7 @@ void CudaModel::lay_out_workspace() {
   norm_part_ = arena_.take<double>(part, kNormBlocks);
   draw_ = arena_.take<Draw>(part, 1);
   faults_ = arena_.take<Faults>(part, 1);
-  drawn_ = arena_.take<int32_t>(part, rows);
+  drawn_ = arena_.take<int32_t>(part, drawn_room());
 }
 
 void CudaModel::launched(int launches) {

@@ -51,6 +51,7 @@ constexpr int kSpareRows = 16;        // before and behind every panel: readable
 constexpr int kNormBlocks = 1056;     // blocks that share the gradient's norm: fixed, so that its bits are
 constexpr int kSegmentRows = 32;      // sorted rows that a block of threads adds up (embedding.cu)
 constexpr int kTokensAtOnce = 8;      // of generation that one launch of a graph makes, where so many are wanted
+constexpr int kTokensKept = 32;       // ... that drawn_ has room for at least, before the host waits
 constexpr size_t kBlasWorkspace = size_t{32} << 20;
 
 // What a region looks like to a kernel.
@@ -245,6 +246,7 @@ class CudaModel final : public Model {
   size_t real_size() const { return spec_.bf16 ? 2 : 4; }
   void* take_real(const char* part, int64_t count) { return arena_.take<char>(part, count * real_size()); }
   int64_t panel_values() const { return (capacity_ + kSpareRows) * kBlock; }
+  int64_t drawn_room() const { return std::max(capacity_, int64_t{kTokensKept} * spec_.streams); }
   void* take_panels(const char* part, int64_t width) {
     char* at = static_cast<char*>(take_real(part, width / kBlock * panel_values() + kSpareRows * kBlock));
     return at + kSpareRows * kBlock * real_size();
@@ -493,7 +495,7 @@ class CudaModel final : public Model {
 
   double* norm_part_ = nullptr;
   Draw* draw_ = nullptr;
-  int32_t* drawn_ = nullptr;     // [capacity] tokens of generation
+  int32_t* drawn_ = nullptr;     // tokens of generation, at least kTokensKept of every stream
   bool draws_from_all_ = false;  // neither top_k nor top_p leaves anything out
   int code_of_90_ = -1;          // code_of_90(), once that is known
 };

@@ -5,6 +5,8 @@
 // for 32,768 rows of 32,000.
 #pragma once
 
+#include <cuda_pipeline.h>
+
 #include <climits>
 #include <cmath>
 
@@ -52,17 +54,19 @@ __device__ inline void unpack_again(const uint4& raw, float (&x)[kPiece]) {
 // threadIdx.x + Threads, ... It keeps their logits as they are stored and computes the exponentials twice, once for the
 // sum, once for the errors: kept as floats they would leave no register for the sums of columns. As soon as a piece has
 // been turned into errors, the next row's takes its registers, and has the rest of this row to arrive.
+// Ahead: the next row waits in shared memory meanwhile, where it has had a whole row's time to arrive.
 // part[block, v]: column sums of the block's errors before they are rounded, since the first chunk (go_on: not this
 // one). What lies behind a row must be a number: its bias is -inf here, as that of slots without a piece.
-template <int Threads>
+template <int Threads, bool Ahead>
 __global__ void __launch_bounds__(Threads, kWalkThreads / Threads)
     walk_rows_kernel(bf16* logits, int64_t rows, bool go_on, float* part, ScoreJob p) {
   constexpr int kNext = Threads * kPiece;  // from a thread's piece to its next
-  extern __shared__ float4 biases[];       // two halves [kSlots, Threads]: neighbours read neighbouring banks
+  extern __shared__ float4 biases[];       // two halves [kSlots, Threads]: neighbours read neighbouring banks; Ahead: a row
   __shared__ Softmax room[2][32];          // by turns, so that one barrier a row is enough
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, begin = threadIdx.x * kPiece;
   float4* const low = biases + threadIdx.x;
   float4* const high = low + kSlots * Threads;
+  uint4* const waiting = reinterpret_cast<uint4*>(high + kSlots * Threads);  // this thread's pieces
   const int live = (static_cast<int>(p.ld) - begin + kNext - kPiece) / kNext;  // slots with a piece
   const int64_t leap = gridDim.x * p.ld;
 
@@ -70,7 +74,12 @@ __global__ void __launch_bounds__(Threads, kWalkThreads / Threads)
   uint4 raw[kSlots] = {};
 #pragma unroll
   for (int k = 0; k < kSlots; ++k) {
-    if (k < live && blockIdx.x < rows) raw[k] = *reinterpret_cast<const uint4*>(at + k * kNext);
+    if (k >= live || blockIdx.x >= rows) continue;
+    if (Ahead) {
+      __pipeline_memcpy_async(waiting + k * Threads, at + k * kNext, sizeof(uint4));
+    } else {
+      raw[k] = *reinterpret_cast<const uint4*>(at + k * kNext);
+    }
   }
 #pragma unroll 2
   for (int k = 0; k < kSlots; ++k) {  // a thread reads no other's: no barrier
@@ -103,6 +112,14 @@ __global__ void __launch_bounds__(Threads, kWalkThreads / Threads)
     const float weight = next_weight;
     float target_logit = 0.0f;  // of thread 0; it is asked for here, before any error can take its place
     if (threadIdx.x == 0) target_logit = to_float(at[target]) + p.bias[target];
+    const bool more = row + gridDim.x < count;
+    if (Ahead) __pipeline_wait_prior(0);
+#pragma unroll
+    for (int k = 0; k < kSlots && Ahead; ++k) {
+      if (k >= live) continue;
+      raw[k] = waiting[k * Threads];
+      if (more) __pipeline_memcpy_async(waiting + k * Threads, at + leap + k * kNext, sizeof(uint4));
+    }
 
     Softmax own{kBelowAll, 0.0f, begin};
     float base = base_of(kBelowAll);
@@ -121,7 +138,6 @@ __global__ void __launch_bounds__(Threads, kWalkThreads / Threads)
     }
     const Softmax of_warp = merge(own);
     if (lane == 0) room[turn][warp] = of_warp;
-    const bool more = row + gridDim.x < count;
     if (more) next_target = p.targets[row + gridDim.x], next_weight = p.weights[row + gridDim.x];
     __syncthreads();
     const Softmax whole = merge(lane < Threads / 32 ? room[turn][lane] : Softmax{kBelowAll, 0.0f, INT_MAX});
@@ -147,7 +163,7 @@ __global__ void __launch_bounds__(Threads, kWalkThreads / Threads)
       if (weight != 0.0f && !isfinite(loss)) atomicOr(&p.verdict->loss_not_finite, 1);
     }
 
-    const int coming = more ? live : 0;
+    const int coming = more && !Ahead ? live : 0;
     const auto bring = [&](int k) {
       if (k < coming) raw[k] = *reinterpret_cast<const uint4*>(at + leap + k * kNext);
     };
@@ -195,14 +211,18 @@ inline int threads_to_walk(int64_t ld) {
   return threads;
 }
 
-inline size_t walk_bytes(int threads) { return size_t{2} * kSlots * threads * sizeof(float4); }  // of dynamic memory
+// Of dynamic memory.
+inline size_t walk_bytes(int threads, bool ahead) {
+  return size_t{2} * kSlots * threads * sizeof(float4) + (ahead ? kSlots * threads * sizeof(uint4) : 0);
+}
 
 // The kernel for blocks of so many threads, ready to be launched.
-inline auto walk_kernel(int threads) {
-  const auto kernel = threads == 512   ? walk_rows_kernel<512>
-                      : threads == 256 ? walk_rows_kernel<256>
-                                       : walk_rows_kernel<128>;
-  const int bytes = static_cast<int>(walk_bytes(threads));
+inline auto walk_kernel(int threads, bool ahead) {
+  const auto kernel = threads == 512   ? ahead ? walk_rows_kernel<512, true> : walk_rows_kernel<512, false>
+                      : threads == 256 ? ahead ? walk_rows_kernel<256, true> : walk_rows_kernel<256, false>
+                      : ahead          ? walk_rows_kernel<128, true>
+                                       : walk_rows_kernel<128, false>;
+  const int bytes = static_cast<int>(walk_bytes(threads, ahead));
   NG_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   return kernel;
 }

@@ -20,7 +20,7 @@
 namespace neurogen::cuda {
 namespace {
 
-constexpr size_t kChunkBytes = size_t{512} << 20;  // of logits at a time: enough rows for products at full speed
+constexpr size_t kChunkBytes = size_t{1} << 30;  // of logits at a time: enough rows for products at full speed
 constexpr int kRowUnit = 128;                      // rows of a chunk come in multiples of this
 
 constexpr int kHeld = 4;  // pieces a thread keeps in registers between its passes over a row, where it is long

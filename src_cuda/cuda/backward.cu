@@ -229,7 +229,7 @@ void CudaModel::readout_errors() {
   launched();
 }
 
-void CudaModel::learn_level(int level, cudaStream_t stream) {
+void CudaModel::learn_level(int level) {
   const int first = level_begin_[level], count = level_begin_[level + 1] - first;
   const Scan scan{region_views_,
                   tile_names_,
@@ -251,20 +251,20 @@ void CudaModel::learn_level(int level, cudaStream_t stream) {
     if (credit_wanted_ != "lanes" && (crowded || credit_wanted_ == "bulk") && code_of_90()) {
       const BulkShape bulk = bulk_shape(credit, count, processors_, shared_limit_);
       if (bulk.stages > 0) {
-        launch_bulk_credit(stream, credit, count, bulk);
+        launch_bulk_credit(stream_.get(), credit, count, bulk);
         launched();
         return;
       }
     }
     if (shape.fits) {
-      launch_credit(stream, credit, count, shape);
+      launch_credit(stream_.get(), credit, count, shape);
       launched();
       return;
     }
   }
   with_real(spec_.bf16, [&](auto real) {
     using Real = decltype(real);
-    launched(multiply_blocks<Real>(stream, pull_, transposed_blocks_, rows_, first, count,
+    launched(multiply_blocks<Real>(stream_.get(), pull_, transposed_blocks_, rows_, first, count,
                                    StoreSignal<Real>{region_views_, tile_names_, dropout(), call_streams_}));
     const int each = call_streams_ <= kFewStreams ? 1 : 2, streams = kScanThreads * each / kBlock;
     const dim3 grid(count, (call_streams_ + streams - 1) / streams);
@@ -273,24 +273,20 @@ void CudaModel::learn_level(int level, cudaStream_t stream) {
       const auto kernel = call_streams_ == 1 ? scan_adjoint_kernel<Real, 1, true, kResets>
                           : each == 1        ? scan_adjoint_kernel<Real, 1, false, kResets>
                                              : scan_adjoint_kernel<Real, 2, false, kResets>;
-      kernel<<<grid, kScanThreads, 0, stream>>>(scan);
+      kernel<<<grid, kScanThreads, 0, stream_.get()>>>(scan);
     };
     has_resets_ ? walk(std::true_type{}) : walk(std::false_type{});
     launched();
   });
 }
 
-// The first level goes beside the gradients of weights, few of which it receives: it has too few tiles for a GPU.
 void CudaModel::learn(bool accumulate) {
   readout_errors();
-  for (int level = levels_ - 1; level > 0; --level) learn_level(level, stream_.get());
-  fork();
-  learn_level(0, side_.get());
-  sort_rows(side_.get());
-  weight_gradients(accumulate);
+  for (int level = levels_ - 1; level >= 0; --level) learn_level(level);
   sum_bias_kernel<<<(tiles_ + 3) / 4, 128, 0, stream_.get()>>>(region_views_, tile_names_, tiles_, call_streams_,
                                                                accumulate);
   launched();
+  weight_gradients(accumulate);
   embedding_gradient();
 }
 

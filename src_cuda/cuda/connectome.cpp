@@ -187,9 +187,9 @@ void CudaModel::lay_out_connectome() {
   lay_out_dense(brain);
 }
 
-// Groups of blocks with a source in common, at most: full ones, and two rests for every tile that is heard, one of
-// them of the first level (four where dropout tells delayed receivers from the others).
-int64_t CudaModel::most_groups() const { return blocks_ / kGroup + 2 * (2 * int64_t{tiles_} + spec_.dim / kBlock); }
+// Groups of blocks with a source in common, at most: full ones, and a rest for every tile that is heard (twice where
+// dropout tells delayed receivers from the others).
+int64_t CudaModel::most_groups() const { return blocks_ / kGroup + 2 * int64_t{tiles_} + spec_.dim / kBlock; }
 
 // Does the gradient of this block belong to a rectangle? The first of a projection is the largest. One of a few blocks
 // is not worth it, for it takes as long as a full one.
@@ -218,7 +218,7 @@ void CudaModel::build_lists() {
   ListBuilder drive(tiles_), gate(tiles_), pull(tiles_), embed_pull(dim_tiles), hear(dim_tiles);
   // Terms of the brain launch by tile: gates, drives, delayed.
   std::vector<std::array<std::vector<Term>, 3>> brain(tiles_);
-  std::map<std::pair<bool, const void*>, std::vector<SourceGroup>> groups;  // first level or not, and what they hear
+  std::map<const void*, std::vector<SourceGroup>> groups;  // by what they hear
   std::vector<Rectangle> rectangles;
   const auto at = [&](const void* panels, int64_t panel) {
     return static_cast<const char*>(panels) + panel * panel_values() * real_size();
@@ -242,8 +242,7 @@ void CudaModel::build_lists() {
       const Term forward{at(heard_by(p), col), block, kStreamed, p.delay, p.src, panel, 0};
       const Term backward{at(error_of(p), row), block, kStreamed, 0, -1, 0, 0};
       if (!wide(p, row, col)) {
-        const bool last = !spoken && regions_[p.dst].rank == 0;
-        std::vector<SourceGroup>& heard = groups[{last, forward.source}];
+        std::vector<SourceGroup>& heard = groups[forward.source];
         if (heard.empty() || heard.back().count == kGroup) {
           heard.push_back({forward.source, embedded ? -1 : p.src, panel, 0, 0, {}});
         }
@@ -306,10 +305,8 @@ void CudaModel::build_lists() {
     most_pulled_.push_back(static_cast<int>(most));
   }
   std::vector<SourceGroup> listed;
-  for (const auto& [key, some] : groups) {
-    listed.insert(listed.end(), some.begin(), some.end());
-    (key.first ? last_group_count_ : group_count_) += static_cast<int64_t>(some.size());
-  }
+  for (const auto& [source, some] : groups) listed.insert(listed.end(), some.begin(), some.end());
+  group_count_ = static_cast<int64_t>(listed.size());
   upload(groups_, listed);
   rectangle_count_ = static_cast<int64_t>(rectangles.size());
   upload(rectangles_, rectangles);
@@ -464,8 +461,8 @@ void CudaModel::plan_launch(BrainPlan& plan, const std::vector<TileName>& names,
     share.residents = slot;
     plan.most_slots = std::max(plan.most_slots, slot);
     plan.most_near = std::max(plan.most_near, near);
-    plan.wide_shares.push_back(
-        {share.tiles * kRegisterTableBytes + share.terms * kWideRingBytes + far * kWideFarBytes, share.tiles});
+    plan.wide_shares.push_back({share.tiles * kRegisterTableBytes + share.terms * kWideRingBytes + far * kWideFarBytes,
+                                share.tiles});
     plan.most_terms = std::max<int64_t>(plan.most_terms, share.terms);
     shares.push_back(share);
   }

@@ -119,20 +119,18 @@ void CudaModel::clear_embedding_gradient() {
   launched();
 }
 
-void CudaModel::sort_rows(cudaStream_t stream) {
-  name_rows_kernel<<<static_cast<int>((rows_ + 255) / 256), 256, 0, stream>>>(ids_, rows_, sort_keys_, sort_rows_);
-  launched();
-  size_t bytes = sort_bytes();
-  NG_CUDA(cub::DeviceRadixSort::SortPairs(sort_scratch_, bytes, sort_keys_, sorted_ids_, sort_rows_, sorted_rows_,
-                                          static_cast<int>(rows_), 0, id_bits(spec_.vocab), stream));
-  launched();
-}
-
 void CudaModel::embedding_gradient() {
   with_real(spec_.bf16, [&](auto real) {
     launched(multiply_blocks<decltype(real)>(stream_.get(), embed_pull_, transposed_blocks_, rows_, 0,
                                              spec_.dim / kBlock, StoreError{dx_, spec_.dim}));
   });
+  name_rows_kernel<<<static_cast<int>((rows_ + 255) / 256), 256, 0, stream_.get()>>>(ids_, rows_, sort_keys_,
+                                                                                     sort_rows_);
+  launched();
+  size_t bytes = sort_bytes();
+  NG_CUDA(cub::DeviceRadixSort::SortPairs(sort_scratch_, bytes, sort_keys_, sorted_ids_, sort_rows_, sorted_rows_,
+                                          static_cast<int>(rows_), 0, id_bits(spec_.vocab), stream_.get()));
+  launched();
   const Segments job{sorted_ids_,  sorted_rows_, dx_,   head_part_, tail_part_,
                      d_embedding_, row_touched_, rows_, spec_.dim};
   const int pieces = static_cast<int>((rows_ + kSegmentRows - 1) / kSegmentRows);

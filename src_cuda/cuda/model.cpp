@@ -28,14 +28,11 @@ CudaModel::CudaModel(const ModelSpec& spec) : CudaModel(spec, MeasureOnly{}) {
   arena_.bind(memory_.get());
   lay_out();
   stream_ = new_stream();
-  side_ = new_stream();
   done_ = new_event(spec_.spin);
   arrived_ = new_event(false);
   given_ = new_event(false);
-  forked_ = new_event(false);
-  joined_ = new_event(false);
-  pinned_size_ =
-      inbox_size_ + outbox_size_ + sizeof(float) * spec_.streams * spec_.dim + sizeof(int32_t) * drawn_room() + 4096;
+  pinned_size_ = inbox_size_ + outbox_size_ + sizeof(float) * spec_.streams * spec_.dim +
+                 sizeof(int32_t) * drawn_room() + 4096;
   pinned_ = pinned_memory(pinned_size_);
   rates_.resize(regions_.size());
   build_lists();
@@ -47,9 +44,7 @@ CudaModel::CudaModel(const ModelSpec& spec) : CudaModel(spec, MeasureOnly{}) {
 }
 
 CudaModel::~CudaModel() {
-  for (const Stream* stream : {&side_, &stream_}) {
-    if (*stream) cudaStreamSynchronize(stream->get());
-  }
+  if (stream_) cudaStreamSynchronize(stream_.get());
 }
 
 MemoryPlan CudaModel::plan(const ModelSpec& spec) { return CudaModel(spec, MeasureOnly{}).arena_.parts(); }
@@ -192,16 +187,6 @@ void CudaModel::lay_out_workspace() {
 void CudaModel::launched(int launches) {
   counters_.launches += launches;
   NG_CUDA(cudaGetLastError());
-}
-
-void CudaModel::fork() {
-  NG_CUDA(cudaEventRecord(forked_.get(), stream_.get()));
-  NG_CUDA(cudaStreamWaitEvent(side_.get(), forked_.get(), 0));
-}
-
-void CudaModel::join() {
-  NG_CUDA(cudaEventRecord(joined_.get(), side_.get()));
-  NG_CUDA(cudaStreamWaitEvent(stream_.get(), joined_.get(), 0));
 }
 
 // Room in pinned memory until the next wait().

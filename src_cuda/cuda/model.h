@@ -354,7 +354,7 @@ class CudaModel final : public Model {
   // backward.cu
   void learn(bool accumulate);
   void readout_errors();
-  void learn_level(int level, cudaStream_t stream);
+  void learn_level(int level);
 
   // weights.cu
   void weight_gradients(bool accumulate);
@@ -362,7 +362,6 @@ class CudaModel final : public Model {
 
   // embedding.cu
   void clear_embedding_gradient();
-  void sort_rows(cudaStream_t stream);  // by what they hear
   void embedding_gradient();
   size_t sort_bytes() const;
   void check_sort_bytes() const;
@@ -383,8 +382,6 @@ class CudaModel final : public Model {
 
   void wait();
   void launched(int launches = 1);                          // counts them and checks the last
-  void fork();                                              // side_ goes on from here
-  void join();                                              // what follows waits for side_ too
   void copy_in(void* to, const void* from, size_t bytes);   // from pinned memory
   void copy_out(void* to, const void* from, size_t bytes);  // to pinned memory
   char* pinned(size_t bytes);                               // staging of this call; throws when it would not fit
@@ -395,8 +392,8 @@ class CudaModel final : public Model {
   PinnedMemory pinned_;
   size_t pinned_size_ = 0, pinned_used_ = 0, inbox_size_ = 0, outbox_size_ = 0;
   const char* result_ = nullptr;  // the outbox in pinned memory, after finish()
-  Stream stream_, side_;
-  Event done_, arrived_, given_, forked_, joined_;
+  Stream stream_;
+  Event done_, arrived_, given_;
   std::deque<Event> marks_;   // not yet passed, the oldest first
   std::vector<Event> spare_;  // to mark with
   uint64_t marked_ = 0, passed_ = 0;
@@ -425,8 +422,7 @@ class CudaModel final : public Model {
   ProductList hear_;                                          // receivers: D/32
   SourceGroup* groups_ = nullptr;
   Rectangle* rectangles_ = nullptr;
-  // last: groups of what the first level receives, behind the others.
-  int64_t group_count_ = 0, last_group_count_ = 0, rectangle_count_ = 0;
+  int64_t group_count_ = 0, rectangle_count_ = 0;
   std::vector<int> most_pulled_;  // of every level: terms of pull_ of a tile, at most
   // Brain launch: base_grid_ shares, each worked on by up to replicas_ blocks of threads that divide the streams.
   std::string brain_wanted_, credit_wanted_;  // NEUROGEN_BRAIN, NEUROGEN_CREDIT

@@ -247,24 +247,19 @@ __global__ void __launch_bounds__(kRingThreads, 1) multiply_rectangle_kernel(Gra
 
 }  // namespace
 
-// Those that the first level receives follow it on its stream; rectangles wait for both.
 void CudaModel::weight_gradients(bool accumulate) {
   constexpr int kShared = 2 * (1 + kGroup) * kPieceBytes;
-  Gradients job{groups_,    rectangles_, region_views_,  active_->views(), has_resets_ ? age_ : nullptr,
-                gradients_, rows_,       panel_values(), call_streams_,    accumulate,
-                negative_};
-  const auto launch = [&](auto kernel, int64_t grid, int threads, int shared, const Stream& stream) {
+  const Gradients job{groups_,    rectangles_, region_views_,  active_->views(), has_resets_ ? age_ : nullptr,
+                      gradients_, rows_,       panel_values(), call_streams_,    accumulate,
+                      negative_};
+  const auto launch = [&](auto kernel, int64_t grid, int threads, int shared) {
     if (!grid) return;
     NG_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
-    kernel<<<static_cast<unsigned>(grid), threads, shared, stream.get()>>>(job);
+    kernel<<<static_cast<unsigned>(grid), threads, shared, stream_.get()>>>(job);
     launched();
   };
-  const auto kernel = spec_.bf16 ? multiply_errors_kernel<bf16> : multiply_errors_kernel<float>;
-  launch(kernel, group_count_, kGroup * 32, kShared, stream_);
-  job.groups += group_count_;
-  launch(kernel, last_group_count_, kGroup * 32, kShared, side_);
-  join();
-  launch(multiply_rectangle_kernel, rectangle_count_, kRingThreads, kDenseBytes, stream_);
+  launch(multiply_rectangle_kernel, rectangle_count_, kRingThreads, kDenseBytes);
+  launch(spec_.bf16 ? multiply_errors_kernel<bf16> : multiply_errors_kernel<float>, group_count_, kGroup * 32, kShared);
 }
 
 }  // namespace neurogen::cuda

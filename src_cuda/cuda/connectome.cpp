@@ -461,8 +461,8 @@ void CudaModel::plan_launch(BrainPlan& plan, const std::vector<TileName>& names,
     share.residents = slot;
     plan.most_slots = std::max(plan.most_slots, slot);
     plan.most_near = std::max(plan.most_near, near);
-    plan.wide_shares.push_back({share.tiles * kRegisterTableBytes + share.terms * kWideRingBytes + far * kWideFarBytes,
-                                share.tiles});
+    plan.wide_shares.push_back(
+        {share.tiles * kRegisterTableBytes + share.terms * kWideRingBytes + far * kWideFarBytes, share.tiles});
     plan.most_terms = std::max<int64_t>(plan.most_terms, share.terms);
     shares.push_back(share);
   }

@@ -31,8 +31,8 @@ CudaModel::CudaModel(const ModelSpec& spec) : CudaModel(spec, MeasureOnly{}) {
   done_ = new_event(spec_.spin);
   arrived_ = new_event(false);
   given_ = new_event(false);
-  pinned_size_ = inbox_size_ + outbox_size_ + sizeof(float) * spec_.streams * spec_.dim +
-                 sizeof(int32_t) * drawn_room() + 4096;
+  pinned_size_ =
+      inbox_size_ + outbox_size_ + sizeof(float) * spec_.streams * spec_.dim + sizeof(int32_t) * drawn_room() + 4096;
   pinned_ = pinned_memory(pinned_size_);
   rates_.resize(regions_.size());
   build_lists();

@@ -61,12 +61,12 @@ template <int Threads, bool Ahead>
 __global__ void __launch_bounds__(Threads, kWalkThreads / Threads)
     walk_rows_kernel(bf16* logits, int64_t rows, bool go_on, float* part, ScoreJob p) {
   constexpr int kNext = Threads * kPiece;  // from a thread's piece to its next
-  extern __shared__ float4 biases[];       // two halves [kSlots, Threads]: neighbours read neighbouring banks; Ahead: a row
-  __shared__ Softmax room[2][32];          // by turns, so that one barrier a row is enough
+  extern __shared__ float4 biases[];  // two halves [kSlots, Threads]: neighbours read neighbouring banks; Ahead: a row
+  __shared__ Softmax room[2][32];     // by turns, so that one barrier a row is enough
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, begin = threadIdx.x * kPiece;
   float4* const low = biases + threadIdx.x;
   float4* const high = low + kSlots * Threads;
-  uint4* const waiting = reinterpret_cast<uint4*>(high + kSlots * Threads);  // this thread's pieces
+  uint4* const waiting = reinterpret_cast<uint4*>(high + kSlots * Threads);    // this thread's pieces
   const int live = (static_cast<int>(p.ld) - begin + kNext - kPiece) / kNext;  // slots with a piece
   const int64_t leap = gridDim.x * p.ld;
 

@@ -232,8 +232,7 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
       const int chunks = same(told.chunks), last_left = same(told.last_left);
       const bool turn = chunk == chunks - 1;
       const int next_token = token + turn, next_chunk = turn ? 0 : chunk + 1,
-                next_row0 =
-                    row0 + (turn ? same(told.leap) : stride),
+                next_row0 = row0 + (turn ? same(told.leap) : stride),
                 next_left = next_token == call.tokens  ? 0
                             : next_chunk == chunks - 1 ? last_left
                                                        : kWideStreams;
@@ -257,7 +256,7 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
         constexpr int kFirst = first_slot.value, kCount = end_slot.value - kFirst;
         uint4 heard[kCount][kSteps];
         __pipeline_wait_prior(kHearings - 1);  // but for those that were asked for later
-        asm volatile("" ::: "memory");                           // nothing is read before
+        asm volatile("" ::: "memory");         // nothing is read before
 #pragma unroll
         for (int k = 0; k < kCount; ++k) {
           const uint4* const from = ring(kFirst + k);
@@ -340,8 +339,7 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
         bf16* const d = own_panel(tables.d);
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) {
-          const float4 x = give(i),
-                       gate = unpack<bf16>(gates[i]);
+          const float4 x = give(i), gate = unpack<bf16>(gates[i]);
           store_if<false>(own(i), d + offset(i), pack<bf16>(x));
           take(i, {x.x * gate.x, x.y * gate.y, x.z * gate.z, x.w * gate.w});
         }

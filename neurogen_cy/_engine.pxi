@@ -5,6 +5,21 @@ from neurogen_cy._neurogen cimport (
 )
 
 
+ctypedef fused token_id:
+    int32_t
+    int64_t
+
+
+cdef bint take_ids(const token_id* ids, Py_ssize_t count, uint64_t vocab, int32_t* to) noexcept nogil:
+    """Copies ids; whether all are in 0..vocab-1, which is asked of all in one pass without a branch."""
+    cdef Py_ssize_t i
+    cdef bint wrong = False
+    for i in range(count):
+        to[i] = <int32_t>ids[i]
+        wrong |= <uint64_t>ids[i] >= vocab
+    return not wrong
+
+
 @cython.no_gc_clear
 cdef class Engine(Core):
     """The native model behind a NeuroGen."""
@@ -48,16 +63,19 @@ cdef class Engine(Core):
 
     cdef int stage_ids(self, Held ids, int32_t* staging, Input* out) except -1:
         """Ids of the host are checked and made int32; those of a device are read, and checked, where they are."""
-        cdef Borrowed here
-        cdef Py_ssize_t i, count = ids.size()
+        cdef Py_ssize_t count = ids.size()
+        cdef int64_t vocab = self.config.vocab_size
+        cdef bint right
         out[0] = as_input(ids)
         if out.device:
             return 0
-        here = ids
-        self.check_ids(here)
         with nogil:
-            for i in range(count):
-                staging[i] = <int32_t>here.integer(i)
+            if out.itemsize == sizeof(int32_t):
+                right = take_ids(<const int32_t*>out.data, count, vocab, staging)
+            else:
+                right = take_ids(<const int64_t*>out.data, count, vocab, staging)
+        if not right:
+            self.check_ids(ids)  # names the first that is none
         out.data, out.itemsize = staging, sizeof(int32_t)
         return 0
 

@@ -154,6 +154,7 @@ cdef class Engine(Core):
             arrays.begin()
             if updates:
                 step = _adam(adam)
+                step.awaited = self.shown or arrays.on_device  # others may look on as soon as this returns
             self.recorded_tokens = 0
             self.stats.grad_norm = NAN  # stays so where the loss is not finite
             with blas_at_one_thread, nogil:
@@ -191,6 +192,7 @@ cdef class Engine(Core):
         try:
             self.stage_call(arrays, ids[:, None], targets[:, None], None, (), &tokens, &goal.ids)
             arrays.begin()
+            step.awaited = self.shown
             self.stats.grad_norm = NAN
             with blas_at_one_thread, nogil:
                 deref(self.model).learn_held(self.ids.data(), goal, step, &self.stats)

@@ -99,6 +99,7 @@ cdef extern from "neurogen/model.h" namespace "neurogen" nogil:
         double weight_decay
         double clip
         int64_t step
+        bool awaited
 
     cdef cppclass StepStats:
         double loss
@@ -151,6 +152,7 @@ cdef extern from "neurogen/model.h" namespace "neurogen" nogil:
         void hand_over(uintptr_t) except +
         uint64_t mark() except +
         uint64_t passed() except +
+        void rest() except +
         Place place(const void*) except +
         Counters counters() except +
         vector[pair[string, string]] execution_plan() except +

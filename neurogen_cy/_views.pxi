@@ -100,13 +100,21 @@ cdef class DeviceView(TensorView):
     cdef tuple where(self):
         return DL_CUDA, (<Core>self.owner).device
 
+    cdef int show(self) except -1:
+        """From now on training calls end with their work; one that did not may be under way."""
+        cdef Core core = self.owner
+        if not core.shown:
+            core.shown = True
+            deref(core.model).rest()
+        return 0
+
     cdef int order(self, object stream) except -1:
         cdef Core core = self.owner
         if stream is not None and (isinstance(stream, bool) or not isinstance(stream, Integral) or stream < -1
                                    or stream == 0):
             raise ValueError(f"{self.key}: expected stream -1 (no order), 1 (legacy default), 2 (per-thread default) "
                              f"or the address of one, got {stream!r}")
-        core.shown = True
+        self.show()
         if stream == -1:
             return 0
         core.enter()
@@ -119,7 +127,7 @@ cdef class DeviceView(TensorView):
     @property
     def __cuda_array_interface__(self):
         cdef Core core = self.owner
-        core.shown = True
+        self.show()
         return {"version": 3, "shape": self.shape, "typestr": self.dtype.str, "strides": None,
                 "data": (<uintptr_t>self.data, self.readonly), "stream": deref(core.model).stream()}
 

@@ -84,6 +84,7 @@ class CpuModel final : public Model {
   uintptr_t stream() const override { return 0; }
   void wait_for(uintptr_t stream) override;
   void hand_over(uintptr_t stream) override { wait_for(stream); }
+  void rest() override {}
   uint64_t mark() override { return ++marks_; }
   uint64_t passed() override { return marks_; }
   Place place(const void*) const override;

@@ -38,9 +38,17 @@ void CudaModel::score_and_learn(const Targets& targets, const AdamW* adam, bool 
   in_range("decoder", [&] { score(true, accumulate); });
   summarize(targets.predictions);
   in_range("backward", [&] { learn(accumulate); });
+  // What the host waits for is known before the update: so the next call is prepared while that is still under way.
+  const bool awaited = !adam || adam->awaited || unheard_;
+  if (adam) in_range("optimizer", [&] { decide_update(); });
+  if (!awaited) {
+    post(prediction_bytes(targets, rows_));
+    NG_CUDA(cudaEventRecord(done_.get(), stream_.get()));
+  }
   if (adam) in_range("optimizer", [&] { launch_update(*adam); });
   commit();
-  const Verdict& verdict = finish(prediction_bytes(targets, rows_));
+  if (!awaited) await_done();
+  const Verdict& verdict = awaited ? finish(prediction_bytes(targets, rows_)) : heard();
   if (adam && (verdict.ok || !std::isfinite(verdict.squares))) stats->grad_norm = std::sqrt(verdict.squares);
   report(targets, stats);
 }
@@ -68,6 +76,7 @@ void CudaModel::backward(const Tokens& tokens, const Targets& targets, uint64_t 
 void CudaModel::update(const AdamW& adam, StepStats* stats) {
   const OnDevice scope(spec_.device);
   set_verdict(true, false);
+  decide_update();
   launch_update(adam);
   const Verdict& verdict = finish(0);
   stats->grad_norm = std::sqrt(verdict.squares);

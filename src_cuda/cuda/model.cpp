@@ -210,9 +210,18 @@ void CudaModel::copy_out(void* to, const void* from, size_t bytes) {
 
 void CudaModel::wait() {
   NG_CUDA(cudaEventRecord(done_.get(), stream_.get()));
+  await_done();
+}
+
+void CudaModel::await_done() {
   ++counters_.syncs;
   pinned_used_ = 0;
   NG_CUDA(cudaEventSynchronize(done_.get()));
+}
+
+void CudaModel::rest() {
+  const OnDevice scope(spec_.device);
+  NG_CUDA(cudaStreamSynchronize(stream_.get()));
 }
 
 void CudaModel::read(const void* from, void* host, size_t bytes) {

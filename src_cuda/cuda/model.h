@@ -1,6 +1,7 @@
 // The CUDA model. One call (calls.cpp) walks: tokens.cu (staging) -> forward.cu (embedding products, the persistent
 // brain launch, readout) -> decoder.cu (loss) -> backward.cu (batched e-prop) -> weights.cu and embedding.cu
-// (gradients) -> optimizer.cu (AdamW) -> tokens.cu commit(), all on one stream, and then waits once (finish()).
+// (gradients) -> optimizer.cu (AdamW) -> tokens.cu commit(), all on one stream, and waits once: finish(), or for what
+// optimizer.cu decides (score_and_learn).
 //
 // Layout: what a call keeps per neuron lies in panels of 32 neurons, [n/32][M + kSpareRows][32] in Real (numbers.cuh),
 // M = T*S rows, row = t*S + b; so do the embedding's rows and the readout's errors. A tile of 32 neurons is the unit of
@@ -170,6 +171,13 @@ struct Rectangle {
   int32_t block, row_blocks;     // number of the first block; from a row of blocks to the next
 };
 
+// An untied embedding, rows of which without a gradient are left alone.
+struct LazyRows {
+  float *weights, *gradients, *moment1, *moment2;  // [V, D]
+  const uint8_t* touched;                          // null = no lazy rows
+  int64_t vocab, dim;
+};
+
 // What the host learns of a call, and what later kernels of the call decide by.
 struct Verdict {
   double divisor, loss, homeostasis, squares;  // squares: of the gradient's norm
@@ -224,6 +232,7 @@ class CudaModel final : public Model {
   double rate(int region) const override { return rates_[region]; }
   void recorded(int region, float* u, float* s, float* gate) const override;
   uintptr_t stream() const override { return reinterpret_cast<uintptr_t>(stream_.get()); }
+  void rest() override;
   void wait_for(uintptr_t stream) override;
   void hand_over(uintptr_t stream) override;
   uint64_t mark() override;
@@ -299,6 +308,8 @@ class CudaModel final : public Model {
   // another one, and hush() is done for it.
   void commit(bool judging = false, bool drawn = false);
   const Verdict& finish(size_t prediction_bytes);  // one copy back, the one wait, errors of device arrays
+  void post(size_t prediction_bytes);              // ... the copy back
+  const Verdict& heard();                          // ... the errors
   void report(const Targets& targets, StepStats* stats);
   void set_draw(const Sampling& sampling);
 
@@ -368,7 +379,9 @@ class CudaModel final : public Model {
 
   // optimizer.cu
   void refresh_derived();
-  void launch_update(const AdamW& adam);  // norm, decision, AdamW, derived copies
+  LazyRows lazy_rows() const;
+  void decide_update();                   // norm and decision
+  void launch_update(const AdamW& adam);  // AdamW, derived copies
 
   // calls.cpp
   void run(const Tokens& tokens, const Targets& targets, uint64_t call, const AdamW* adam, bool accumulate,
@@ -381,6 +394,7 @@ class CudaModel final : public Model {
   void capture(int tokens, GraphExec& graph);
 
   void wait();
+  void await_done();                                        // once done_ was recorded
   void launched(int launches = 1);                          // counts them and checks the last
   void copy_in(void* to, const void* from, size_t bytes);   // from pinned memory
   void copy_out(void* to, const void* from, size_t bytes);  // to pinned memory
@@ -391,7 +405,7 @@ class CudaModel final : public Model {
   DeviceMemory memory_;
   PinnedMemory pinned_;
   size_t pinned_size_ = 0, pinned_used_ = 0, inbox_size_ = 0, outbox_size_ = 0;
-  const char* result_ = nullptr;  // the outbox in pinned memory, after finish()
+  const char* result_ = nullptr;  // the outbox in pinned memory, after post()
   Stream stream_;
   Event done_, arrived_, given_;
   std::deque<Event> marks_;   // not yet passed, the oldest first

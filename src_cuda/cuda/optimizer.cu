@@ -26,12 +26,6 @@ struct Update {
   const Verdict* verdict;
 };
 
-struct LazyRows {
-  float *weights, *gradients, *moment1, *moment2;  // [V, D]
-  const uint8_t* touched;                          // null = no lazy rows
-  int64_t vocab, dim;
-};
-
 __device__ float square_sum(float4 x) { return x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w; }
 
 // A row may have been written by the user: look at all of them.
@@ -188,12 +182,15 @@ void CudaModel::refresh_derived() {
   derived_stale_ = false;
 }
 
-void CudaModel::launch_update(const AdamW& adam) {
-  refresh_derived();
+LazyRows CudaModel::lazy_rows() const {
   const auto lazy = [&](float* base) { return base + (embedding_ - weights_); };
-  const LazyRows rows{
-      embedding_,  lazy(gradients_), lazy(moment1_), lazy(moment2_), spec_.tied ? nullptr : row_touched_,
-      spec_.vocab, spec_.dim};
+  return {embedding_,  lazy(gradients_), lazy(moment1_), lazy(moment2_), spec_.tied ? nullptr : row_touched_,
+          spec_.vocab, spec_.dim};
+}
+
+void CudaModel::decide_update() {
+  refresh_derived();
+  const LazyRows rows = lazy_rows();
   if (rows.touched && scan_embedding_rows_) {
     mark_rows_kernel<<<static_cast<int>((int64_t{spec_.vocab} * 32 + 255) / 256), 256, 0, stream_.get()>>>(
         rows.gradients, row_touched_, spec_.vocab, spec_.dim);
@@ -203,6 +200,10 @@ void CudaModel::launch_update(const AdamW& adam) {
   launched();
   decide_kernel<<<1, 1024, 0, stream_.get()>>>(norm_part_, kNormBlocks, verdict_);
   launched();
+}
+
+void CudaModel::launch_update(const AdamW& adam) {
+  const LazyRows rows = lazy_rows();
   const double correction1 = 1.0 - std::pow(adam.beta1, static_cast<double>(adam.step));
   const double correction2 = 1.0 - std::pow(adam.beta2, static_cast<double>(adam.step));
   const Update job{weights_,

@@ -395,14 +395,23 @@ void CudaModel::commit(bool judging, bool drawn) {
   launched();
 }
 
-// The one copy back and the one wait of a call. Errors that only the device could see are raised here.
 const Verdict& CudaModel::finish(size_t extra_bytes) {
-  const size_t bytes = sizeof(Verdict) + sizeof(double) * regions_.size() + extra_bytes;
-  char* room = pinned(bytes);
-  copy_out(room, verdict_, bytes);
+  post(extra_bytes);
   settle();
+  return heard();
+}
+
+// The one copy back of a call.
+void CudaModel::post(size_t extra_bytes) {
+  const size_t bytes = sizeof(Verdict) + sizeof(double) * regions_.size() + extra_bytes;
+  char* const room = pinned(bytes);
+  copy_out(room, verdict_, bytes);
   result_ = room;
-  const Verdict& verdict = *reinterpret_cast<const Verdict*>(room);
+}
+
+// Once it is there. Errors that only the device could see are raised here.
+const Verdict& CudaModel::heard() {
+  const Verdict& verdict = *reinterpret_cast<const Verdict*>(result_);
   if (verdict.bad_id) {
     const int at = verdict.bad_id - 1;
     throw std::out_of_range("ids or targets in device memory, position [" + std::to_string(at / call_tokens_) + ", " +

@@ -106,8 +106,9 @@ struct Targets {
 
 struct AdamW {
   double lr = 2e-3, beta1 = 0.9, beta2 = 0.98, eps = 1e-8, weight_decay = 0.0;
-  double clip = 1.0;  // global norm; <= 0 = no clipping
-  int64_t step = 1;   // 1-based number of this update (bias correction)
+  double clip = 1.0;    // global norm; <= 0 = no clipping
+  int64_t step = 1;     // 1-based number of this update (bias correction)
+  bool awaited = true;  // false: a training call may return once it is decided, with the update still under way
 };
 
 struct StepStats {
@@ -195,6 +196,8 @@ class Model {
   // Numbers (1, 2, ..) what this model was asked so far; the highest number of which all is done, without waiting.
   virtual uint64_t mark() = 0;
   virtual uint64_t passed() = 0;
+  // Until all that this model was asked for is done.
+  virtual void rest() = 0;
   virtual Place place(const void* memory) const = 0;
 
   virtual Counters counters() const = 0;

@@ -95,6 +95,23 @@ def test_training_on_nothing_but_device_arrays(name, stream):
     assert waits(there, step) == 1
 
 
+def test_who_takes_a_view_finds_the_update_done_that_was_under_way():
+    """A training call returns before its update; not so once a view was shown. One wait either way, and the same bits.
+
+    CuPy: the others refuse read-only views, or know but one protocol.
+    """
+    lib, seen, alone = library("cupy"), build("cuda"), build("cuda")
+    for call in range(5):
+        assert waits(seen, lambda: seen.train_step_batch(*batch(call, B))) == 1  # noqa: B023
+        alone.train_step_batch(*batch(call, B))
+        if call < 2:  # several updates in a row that nobody has looked at
+            continue
+        for key, view in seen.parameters().items():
+            expected = alone.parameters()[key].numpy()
+            assert same([lib.get(lib.cupy.asarray(view))], [expected]), (call, key)
+    assert contents(seen) == contents(alone)
+
+
 @each_library
 def test_views_are_the_models_memory(name):
     lib, m = library(name), build("cuda", CONFIG)

@@ -8,6 +8,8 @@
 namespace neurogen::cuda {
 namespace {
 
+constexpr int kRunThreads = 128;
+
 struct Segments {
   const uint32_t *ids, *rows;  // sorted, [M]
   const float* dx;             // [M, D]
@@ -24,32 +26,37 @@ __global__ void name_rows_kernel(const int32_t* ids, int64_t rows, uint32_t* key
   numbers[row] = static_cast<uint32_t>(row);
 }
 
-// A thread a column (blockIdx.y: 128 of them); all rows of the piece are on their way before the first is added.
-__global__ void add_runs_kernel(Segments p) {
-  const int64_t first = int64_t{blockIdx.x} * kSegmentRows, j = int64_t{blockIdx.y} * blockDim.x + threadIdx.x;
+__device__ inline float4 sum_of(const float4& x, const float4& y) {
+  return {x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w};
+}
+
+// A thread four columns; all rows of the piece are on their way before the first is added.
+__global__ void __launch_bounds__(kRunThreads) add_runs_kernel(Segments p) {
+  const int64_t first = int64_t{blockIdx.x} * kSegmentRows, j = (int64_t{blockIdx.y} * blockDim.x + threadIdx.x) * 4;
   const int count = static_cast<int>(min(int64_t{kSegmentRows}, p.count - first));
   if (j >= p.dim) return;
-  float ahead[kSegmentRows];
+  float4 ahead[kSegmentRows];
 #pragma unroll
-  for (int i = 0; i < kSegmentRows; ++i) ahead[i] = p.dx[p.rows[first + min(i, count - 1)] * p.dim + j];
-  float sum = 0;
+  for (int i = 0; i < kSegmentRows; ++i) ahead[i] = load4(p.dx + p.rows[first + min(i, count - 1)] * p.dim + j);
+  float4 sum = {0, 0, 0, 0};
   bool begun_before = first > 0 && p.ids[first - 1] == p.ids[first];
 #pragma unroll
   for (int i = 0; i < kSegmentRows; ++i) {
     if (i >= count) break;
     const uint32_t id = p.ids[first + i];
-    sum += ahead[i];
+    sum = sum_of(sum, ahead[i]);
     const bool run_ends = first + i + 1 == p.count || p.ids[first + i + 1] != id;
     if (!run_ends && i + 1 < count) continue;
     if (begun_before) {
-      p.head[blockIdx.x * p.dim + j] = sum;
+      store4(p.head + blockIdx.x * p.dim + j, sum);
     } else if (!run_ends) {
-      p.tail[blockIdx.x * p.dim + j] = sum;
+      store4(p.tail + blockIdx.x * p.dim + j, sum);
     } else {
-      p.gradient[id * p.dim + j] += sum;
+      float* const to = p.gradient + id * p.dim + j;
+      store4(to, sum_of(load4(to), sum));
       if (j == 0) p.touched[id] = 1;
     }
-    sum = 0;
+    sum = {0, 0, 0, 0};
     begun_before = false;
   }
 }
@@ -134,7 +141,8 @@ void CudaModel::embedding_gradient() {
   const Segments job{sorted_ids_,  sorted_rows_, dx_,   head_part_, tail_part_,
                      d_embedding_, row_touched_, rows_, spec_.dim};
   const int pieces = static_cast<int>((rows_ + kSegmentRows - 1) / kSegmentRows);
-  add_runs_kernel<<<dim3(pieces, (spec_.dim + 127) / 128), 128, 0, stream_.get()>>>(job);
+  add_runs_kernel<<<dim3(pieces, (spec_.dim / 4 + kRunThreads - 1) / kRunThreads), kRunThreads, 0, stream_.get()>>>(
+      job);
   launched();
   join_runs_kernel<<<pieces, 256, 0, stream_.get()>>>(job);
   launched();

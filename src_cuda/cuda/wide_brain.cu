@@ -349,12 +349,19 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
       if (turn && next_token <= call.longest_delay) find_sources(call, next_token, tables);
       ask_next(kFirstDelayed, kSlots);
 
-      // What the embedding says to the next token was written before the launch, and is far away by now.
-      constexpr int kLines = kSteps * kStepValues * sizeof(bf16) / 128;
-      static_assert(2 * kLines <= 32, "a line a lane");
-      if (lane < 2 * kLines && present & (lane < kLines ? kEmbeddedGate : kEmbeddedDrive) && token < call.tokens - 1) {
-        const bf16* there = tables.sources[lane < kLines ? 0 : kFirstDrive] + (row0 + call.streams) * kBlock;
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(there + lane % kLines * 64));
+      // What the embedding says to the next token was written before the launch, and is far away by now. A token's
+      // first item asks for all of the group's streams: other warps hear the rest.
+      if (chunk == 0 && token < call.tokens - 1) {
+        constexpr int kLine = 128 / sizeof(bf16);
+#pragma unroll 1
+        for (int j = 0; j < kFirstDelayed; ++j) {
+          if (!(present >> (kEmbedded + j) & 1)) continue;
+          const bf16* const next = tables.sources[j] + (row0 - begin + call.streams) * kBlock;
+#pragma unroll 1
+          for (int at = lane * kLine; at < streams * kBlock; at += 32 * kLine) {
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(next + at));
+          }
+        }
       }
 
       WideState& state = states[chunk];
@@ -362,7 +369,6 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
       float alpha[4], gain[4];
       as_array(alpha, load4(&tables.constants[0][receiver()])), as_array(gain, load4(&tables.constants[1][receiver()]));
       const auto again = [&](int which) { return load4_again(&tables.constants[which][receiver()]); };
-      bf16 *const s_at = own_panel(tables.s), *const u_at = own_panel(tables.u);
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) {
         float past[4], w[4], v[4], s[4];
@@ -376,7 +382,9 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
           s[j] = emit(v[j], call.max_spike);
         }
         const Four<bf16> spikes = pack<bf16>({s[0], s[1], s[2], s[3]});
+        bf16* const s_at = own_panel(Resets ? told.s : tables.s);  // with resets no register is left for these
         store_if<true>(own(i), s_at + offset(i), flip(spikes, call.sign));
+        bf16* const u_at = own_panel(Resets ? told.u : tables.u);
         store_if<false>(own(i), u_at + offset(i), pack<bf16>({v[0] - 1.0f, v[1] - 1.0f, v[2] - 1.0f, v[3] - 1.0f}));
         spoken += own(i) ? spikes_of(spikes) : 0;
         as_array(s, unpack<bf16>(spikes));

@@ -20,8 +20,8 @@
 namespace neurogen::cuda {
 namespace {
 
-constexpr size_t kChunkBytes = size_t{1} << 30;  // of logits at a time: enough rows for products at full speed
-constexpr int kRowUnit = 128;                      // rows of a chunk come in multiples of this
+constexpr size_t kChunkBytes = size_t{1} << 30;  // of logits at a time: dW is read and written once for so many
+constexpr int kRowUnit = 128;                    // rows of a chunk come in multiples of this
 
 constexpr int kHeld = 4;  // pieces a thread keeps in registers between its passes over a row, where it is long
 constexpr int kMaxThreads = 1024;

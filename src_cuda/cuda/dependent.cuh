@@ -1,6 +1,7 @@
 // Kernels that come up while the one before them in the stream still works (programmatic dependent launch). The trick:
 // a launch, and the reads of what no token writes, cost no time of their own. The cost: the room of blocks that wait,
-// and rules to keep. Expected: 1 to 2 us less between two kernels of generation, and 4 us of a token's logits.
+// and rules to keep. The gain: of 76 us a token of one stream (`base`, H200) 2, by the wall, 14 of which it waited for
+// the host then.
 //
 // The rules. Every block of a kernel that is launched so comes by wait_for_earlier(); thus the end of a kernel is the
 // end of all before it, however early they started. Before it, nothing is written, and nothing is read that any kernel

@@ -3,8 +3,8 @@
 // in shared memory, 100 KB or more a multiprocessor, by cp.async, which takes neither registers nor room in the L1
 // cache; the tensor core multiplies by eight rows at once, 60 instructions for 2 KB. In the L2 cache W makes room
 // first, so the brain's weights stay there. The cost: shared memory, and work for eight rows where there is one. The
-// gain that is expected for V = 32,000 and D = 1,536 on an H200: 26 us (98 MB take 23 at the copy rate) instead of the
-// 28 to 41 of cuBLASLt. Generation fills the rings, 17 MB, while the kernels before are still at work (dependent.cuh).
+// gain for V = 32,000 and D = 1,536 on an H200: 24.7 us (98 MB take 23 at the copy rate) instead of the 28 to 41 of
+// cuBLASLt. Generation fills the rings, 17 MB, while the kernels before are still at work (dependent.cuh).
 //
 // A warp has 16 rows of W to itself and goes through them from the first d to the last, two sums by turns: the order
 // of a logit's sum is D's alone.

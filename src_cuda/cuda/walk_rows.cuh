@@ -2,7 +2,7 @@
 // threads walks many rows and has the same columns of each, so that their biases stay in shared memory and the sums of
 // dc in registers; the next row is on its way while one is worked on. The cost: all registers of a multiprocessor, and
 // every exponential twice. The gain: 4V bytes of bias a row from L2 and another reading of the errors, 2.6 -> 1.4 ms
-// for 32,768 rows of 32,000.
+// for 32,768 rows of 32,000; with the next row in shared memory (Ahead) 1.2.
 #pragma once
 
 #include <cuda_pipeline.h>

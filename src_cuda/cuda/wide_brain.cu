@@ -3,10 +3,13 @@
 // What bounds it is how long each warp waits for its own instructions: ten warps a multiprocessor, two or three a
 // scheduler, which issued 577 instructions in the 3,240 cycles of an item of eight streams (`base`, 64 streams on an
 // H200). So an item has sixteen: twice the independent work between two waits, and what an item costs whatever its
-// streams (places, tests, looking out for spikes) is paid half as often: about 870 instructions. Expected: 14 -> 8 to 9
+// streams (places, tests, looking out for spikes) is paid half as often: 899 instructions in 4,600 cycles. 13.7 -> 10.6
 // us a tick. Cost: six blocks of weights, sums of sixteen streams and what is heard fill the registers, v, w and what
 // is on its way the shared memory; ten warps at most, no tile with both a third drive and a third delayed term, and the
 // second gate's block is read from shared memory.
+//
+// Nothing may spill: shared memory leaves 27 KB of L1 cache, so a spilled word comes from L2 (16.6 us a tick with seven
+// of them). Hence same(), and places that are computed again each time.
 //
 // What slots say to the next item is asked for as soon as they have been heard.
 #include <type_traits>
@@ -349,19 +352,12 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
       if (turn && next_token <= call.longest_delay) find_sources(call, next_token, tables);
       ask_next(kFirstDelayed, kSlots);
 
-      // What the embedding says to the next token was written before the launch, and is far away by now. A token's
-      // first item asks for all of the group's streams: other warps hear the rest.
-      if (chunk == 0 && token < call.tokens - 1) {
-        constexpr int kLine = 128 / sizeof(bf16);
-#pragma unroll 1
-        for (int j = 0; j < kFirstDelayed; ++j) {
-          if (!(present >> (kEmbedded + j) & 1)) continue;
-          const bf16* const next = tables.sources[j] + (row0 - begin + call.streams) * kBlock;
-#pragma unroll 1
-          for (int at = lane * kLine; at < streams * kBlock; at += 32 * kLine) {
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(next + at));
-          }
-        }
+      // What the embedding says to the next token was written before the launch, and is far away by now.
+      constexpr int kLines = kSteps * kStepValues * sizeof(bf16) / 128;
+      static_assert(2 * kLines <= 32, "a line a lane");
+      if (lane < 2 * kLines && present & (lane < kLines ? kEmbeddedGate : kEmbeddedDrive) && token < call.tokens - 1) {
+        const bf16* there = tables.sources[lane < kLines ? 0 : kFirstDrive] + (row0 + call.streams) * kBlock;
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(there + lane % kLines * 64));
       }
 
       WideState& state = states[chunk];
@@ -369,6 +365,7 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
       float alpha[4], gain[4];
       as_array(alpha, load4(&tables.constants[0][receiver()])), as_array(gain, load4(&tables.constants[1][receiver()]));
       const auto again = [&](int which) { return load4_again(&tables.constants[which][receiver()]); };
+      bf16 *const s_at = own_panel(tables.s), *const u_at = own_panel(tables.u);
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) {
         float past[4], w[4], v[4], s[4];
@@ -382,9 +379,7 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
           s[j] = emit(v[j], call.max_spike);
         }
         const Four<bf16> spikes = pack<bf16>({s[0], s[1], s[2], s[3]});
-        bf16* const s_at = own_panel(Resets ? told.s : tables.s);  // with resets no register is left for these
         store_if<true>(own(i), s_at + offset(i), flip(spikes, call.sign));
-        bf16* const u_at = own_panel(Resets ? told.u : tables.u);
         store_if<false>(own(i), u_at + offset(i), pack<bf16>({v[0] - 1.0f, v[1] - 1.0f, v[2] - 1.0f, v[3] - 1.0f}));
         spoken += own(i) ? spikes_of(spikes) : 0;
         as_array(s, unpack<bf16>(spikes));

@@ -98,7 +98,7 @@ def test_training_on_nothing_but_device_arrays(name, stream):
 def test_who_takes_a_view_finds_the_update_done_that_was_under_way():
     """A training call returns before its update; not so once a view was shown. One wait either way, and the same bits.
 
-    CuPy: the others refuse read-only views, or know but one protocol.
+    By CuPy, which takes read-only views.
     """
     lib, seen, alone = library("cupy"), build("cuda"), build("cuda")
     for call in range(5):

@@ -143,9 +143,9 @@ def generate(
                     seed=seed, position=position,
                 )
             said, over = until_stops(drawn, finished, stops)
-            for ids, all_over in zip(said, over[1:].all(axis=1).tolist(), strict=True):
+            for ids, done in zip(said, over[1:], strict=True):
                 yield ids
-                if all_over:
+                if done.all():
                     return
             if len(drawn) < count_now:
                 raise OverflowError("neuron state: expected finite values, got NaN or infinity")

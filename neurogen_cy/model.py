@@ -178,7 +178,8 @@ class NeuroGen:
             The stream that works on device arrays, where it is not the one they name, or the default one.
 
         On a GPU all arrays may be device arrays (docs/INTEROP.md). Their values are checked where they are read, so a
-        wrong one raises when the call ends, and changes nothing either.
+        wrong one raises when the call ends, and changes nothing either. With host arrays the call returns as soon as
+        its result is decided, while the update goes on; whatever is asked of the model next comes after it.
 
         Raises
         ------

@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "arena.h"
+#include "connectome.h"
 #include "cublas.h"
 #include "dense_brain.h"
 #include "device.h"
@@ -54,122 +55,6 @@ constexpr int kSegmentRows = 32;      // sorted rows that a block of threads add
 constexpr int kTokensAtOnce = 8;      // of generation that one launch of a graph makes, where so many are wanted
 constexpr int kTokensKept = 32;       // ... that drawn_ has room for at least, before the host waits
 constexpr size_t kBlasWorkspace = size_t{32} << 20;
-
-// What a region looks like to a kernel.
-struct RegionView {
-  int32_t n, rank, gated;
-  int32_t history;                          // K
-  int32_t first_tile;                       // number of its first tile among all regions' tiles
-  int32_t hears_delayed;                    // a delayed projection ends here
-  int64_t stride;                           // values from a panel to the next
-  const float *bias, *alpha, *rho, *a, *b;  // [n]
-  float* constants;                         // [n/32][5][32] alpha, sqrt(1-alpha^2), rho, (1-rho) a, (1-rho) b
-  void *u, *s, *emitted;                    // panels; emitted = s through dropout (s itself without)
-  void *d, *g;                              // panels; g only where gated. Forward: drive and G; backward: dg and dd
-  void* delta;                              // panels: L, then dE/dI (if anyone reads it); shares d without a gate
-  int* spike_count;                         // [n] spikes of this call
-  float *dbias, *dbias_part;                // [n], [B, n]
-};
-
-// One 32 x 32 block of a sum: block * (32 columns of source), for a warp's rows.
-constexpr int kStreamed = 1 << 30;
-
-struct Term {
-  const void* source;  // row 0 of a panel
-  int32_t block;       // number of the weight block
-  int32_t slot;        // brain launch: where in shared memory it may stay, kStreamed = nowhere
-  int32_t delay;       // rows of source are read `delay` tokens back; 0 for everything outside the brain launch
-  int32_t region;      // source region (delayed terms: its carried spikes)
-  int32_t panel;       // of that region
-  int32_t reserved;
-};
-
-constexpr size_t kNearTermBytes = 16;  // of shared memory: a term as the brain launch keeps it (NearTerm, brain.cuh)
-
-// Terms of consecutive receivers (tiles of 32): receiver i has terms[begin[i] .. begin[i + 1]).
-struct TermList {
-  Term* terms = nullptr;
-  int32_t* begin = nullptr;
-};
-
-// Four neighbouring receivers that hear the same sources in the same order. The first one's terms are [begin, begin +
-// terms), the others' the three times as many that follow.
-constexpr int kQuartet = 4;
-struct Quartet {
-  int32_t receiver, begin, terms;
-};
-
-// A list for batched_product.cuh, which receivers are worked on in quartets, and which alone; both in order.
-struct ProductList : TermList {
-  Quartet* quartets = nullptr;
-  int32_t* soloists = nullptr;
-  std::vector<int32_t> quartets_before;  // [receivers + 1], on the host
-};
-
-// Tile of 32 neurons; tiles are numbered in order of level.
-struct TileName {
-  int32_t region, offset;  // neurons offset .. offset + 31 of the region
-};
-
-// The same for the brain launch, in the order of shares. Its terms, counted from the share's first: gates
-// [terms[0], terms[1]), drives [terms[1], terms[2]), delayed [terms[2], terms[3]).
-struct BrainTile {
-  void *u, *s, *emitted, *d, *g;  // row 0 of its panels
-  const float *constants, *bias;  // [5][32], [32]; both may be in shared memory
-  const void* heard[2];           // row 0 of panels of the embedding that it hears by terms of its own, null = none
-  int32_t region, offset, rank, gated;
-  int32_t terms[4];
-  int32_t reach, reserved;  // the longest delay of its terms
-};
-
-// What one block of threads of the brain launch owns.
-struct Share {
-  int32_t tile_begin, tiles, term_begin, terms, resident_begin, residents;
-};
-
-// The brain launch's tables on the device, and what bounds a share's part of them.
-struct BrainPlan {
-  bool usable = false;
-  BrainTile* tiles = nullptr;  // share by share
-  Term* terms = nullptr;
-  Share* shares = nullptr;
-  int32_t* resident = nullptr;  // blocks that stay in shared memory
-  int most_tiles = 0, most_slots = 0;
-  int64_t most_terms = 0;
-  size_t table_bytes = 0;
-  bool near = false;  // constants of neurons are in the tables
-  // Whether its tiles fit the launches with weights in registers: of few streams, and then the blocks of a share that
-  // are not in registers, at most; of many.
-  bool in_registers = false, wide = false;
-  int most_near = 0;
-  std::vector<std::pair<size_t, int>> wide_shares;  // of each: bytes of shared memory but for v and w; tiles
-};
-
-// One weight block for the weight-gradient kernel.
-struct BlockJob {
-  const void* error;  // row 0 of the receivers' panel
-  int32_t delay;
-  int32_t block;
-};
-
-// Blocks that hear the same 32 sources.
-constexpr int kGroup = 8;
-struct SourceGroup {
-  const void* source;     // row 0 of a panel
-  int32_t region, panel;  // their carried spikes, where longest_delay > 0
-  int32_t longest_delay, count;
-  BlockJob jobs[kGroup];
-};
-
-// Neighbouring blocks of a dense projection, whose gradients are computed together: up to kRectangleRows x
-// kRectangleColumns of them.
-constexpr int kRectangleRows = 4, kRectangleColumns = 8;
-struct Rectangle {
-  const void *error, *source;    // row 0 of the first panel of each
-  int32_t region, panel;         // where carried spikes of the first source panel are, where delay > 0
-  int32_t delay, rows, columns;  // of blocks
-  int32_t block, row_blocks;     // number of the first block; from a row of blocks to the next
-};
 
 // An untied embedding, rows of which without a gradient are left alone.
 struct LazyRows {
@@ -484,6 +369,7 @@ class CudaModel final : public Model {
   int32_t* age_ = nullptr;  // [M] tokens since the stream's last reset in this call, large without one
   std::vector<double> rates_;
   std::vector<SignedRows> signs_;                           // of the spikes that panels hold, from the first row on
+  std::vector<SignedRows> signs_before_;                    // hush()'s: kept, so that a call allocates nothing
   bool negative_ = false, output_hears_embedding_ = false;  // spikes of this call; there is such a projection
 
   void* x_ = nullptr;              // Real, panels

@@ -13,7 +13,7 @@ from neurogen_cy._neurogen cimport (
 from neurogen_cy import cublas
 
 BACKEND = "cuda"
-PRECISIONS = ("bf16", "fp32")  # the default first
+PRECISIONS = ("bf16", "fp32", "fp8")  # the default first
 TOKENS_AHEAD = 32  # the device draws so many before the host looks
 
 cdef enum:

@@ -40,6 +40,7 @@ cdef extern from "neurogen/spec.h" namespace "neurogen" nogil:
         uint64_t seed
         int device
         bool bf16
+        bool fp8
         bool spin
 
 

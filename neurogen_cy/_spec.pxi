@@ -16,7 +16,8 @@ cdef ModelSpec make_spec(object cfg, dict topology, int streams, int max_tokens,
     spec.max_spike = float("inf") if cfg.max_spike is None else cfg.max_spike
     spec.rate_target, spec.rate_weight = cfg.rate_target, cfg.rate_weight
     spec.streams, spec.max_tokens, spec.threads, spec.seed = streams, max_tokens, threads, seed
-    spec.device, spec.bf16, spec.spin = device, precision == "bf16", sync == "spin"
+    spec.device, spec.spin = device, sync == "spin"
+    spec.bf16, spec.fp8 = precision in ("bf16", "fp8"), precision == "fp8"
     index = {"embedding": -1, "broca_out": len(cfg.regions)}
     for number, region in enumerate(cfg.regions):
         index[region.name] = number

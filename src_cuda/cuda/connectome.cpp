@@ -479,7 +479,9 @@ ExecutionPlan CudaModel::execution_plan() const {
   const BrainShape shape = brain_shape(plan, spec_.streams, spec_.max_tokens);
   const auto kib = [](size_t bytes) { return std::to_string((bytes + 512) >> 10) + " KiB"; };
   ExecutionPlan out = {{"device", cuda_device(spec_.device).name},
-                       {"precision", spec_.bf16 ? "bf16" : "fp32"},
+                       {"precision", spec_.fp8    ? "bf16, the decoder's products of learning fp8"
+                                     : spec_.bf16 ? "bf16"
+                                                  : "fp32"},
                        {"brain launch", std::to_string(shape.grid) + " blocks of " + std::to_string(kBrainThreads) +
                                             " threads, shared memory of each: " + kib(shape.shared_bytes)},
                        {"streams at a time", std::to_string(shape.group)},

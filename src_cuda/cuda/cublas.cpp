@@ -134,16 +134,16 @@ uint32_t alignment(const void* pointer) {
 
 // Everything that the choice of an algorithm may depend on.
 struct Shape {
-  bool transpose_a, transpose_b, real_c;
+  cudaDataType_t a, b, c;
+  bool transpose_a, transpose_b;
   int64_t m, n, k, lda, ldb, ldc;
   uint32_t align_a, align_b, align_c;
 
   bool operator<(const Shape& other) const { return tie() < other.tie(); }
 
  private:
-  std::tuple<bool, bool, bool, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, uint32_t, uint32_t, uint32_t> tie()
-      const {
-    return {transpose_a, transpose_b, real_c, m, n, k, lda, ldb, ldc, align_a, align_b, align_c};
+  auto tie() const {
+    return std::make_tuple(a, b, c, transpose_a, transpose_b, m, n, k, lda, ldb, ldc, align_a, align_b, align_c);
   }
 };
 
@@ -168,9 +168,9 @@ struct Cublas::Plans {
   Plan make(const Shape& s) const {
     Plan plan;
     plan.product = new_product(s.transpose_b, s.transpose_a);
-    plan.left = s.transpose_b ? new_layout(real, s.k, s.n, s.ldb) : new_layout(real, s.n, s.k, s.ldb);
-    plan.right = s.transpose_a ? new_layout(real, s.m, s.k, s.lda) : new_layout(real, s.k, s.m, s.lda);
-    plan.out = new_layout(s.real_c ? real : CUDA_R_32F, s.n, s.m, s.ldc);
+    plan.left = s.transpose_b ? new_layout(s.b, s.k, s.n, s.ldb) : new_layout(s.b, s.n, s.k, s.ldb);
+    plan.right = s.transpose_a ? new_layout(s.a, s.m, s.k, s.lda) : new_layout(s.a, s.k, s.m, s.lda);
+    plan.out = new_layout(s.c, s.n, s.m, s.ldc);
 
     cublasLtMatmulPreference_t wish = nullptr;
     NG_CUBLAS(library.MatmulPreferenceCreate(&wish));
@@ -199,6 +199,13 @@ struct Cublas::Plans {
     return plan;
   }
 
+  void run(cudaStream_t stream, const Shape& shape, const void* a, const void* b, float beta, void* c) {
+    const Plan& plan = find(shape);
+    const float one = 1.0f;
+    NG_CUBLAS(library.Matmul(handle.get(), plan.product.get(), &one, b, plan.left.get(), a, plan.right.get(), &beta, c,
+                             plan.out.get(), c, plan.out.get(), &plan.algorithm, workspace, workspace_bytes, stream));
+  }
+
   Handle handle = new_handle();  // the first member: layouts and descriptions go before it
   cudaDataType_t real;
   void* workspace;
@@ -214,12 +221,24 @@ Cublas::~Cublas() = default;
 void Cublas::multiply(cudaStream_t stream, bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k,
                       const void* a, int64_t lda, const void* b, int64_t ldb, float beta, void* c, int64_t ldc,
                       bool real_c) {
-  const Plan& plan = plans_->find(
-      {transpose_a, transpose_b, real_c, m, n, k, lda, ldb, ldc, alignment(a), alignment(b), alignment(c)});
-  const float one = 1.0f;
-  NG_CUBLAS(library.Matmul(plans_->handle.get(), plan.product.get(), &one, b, plan.left.get(), a, plan.right.get(),
-                           &beta, c, plan.out.get(), c, plan.out.get(), &plan.algorithm, plans_->workspace,
-                           plans_->workspace_bytes, stream));
+  const cudaDataType_t real = plans_->real;
+  plans_->run(stream,
+              {real, real, real_c ? real : CUDA_R_32F, transpose_a, transpose_b, m, n, k, lda, ldb, ldc, alignment(a),
+               alignment(b), alignment(c)},
+              a, b, beta, c);
+}
+
+void Cublas::multiply_eight(cudaStream_t stream, int64_t m, int64_t n, int64_t k, const Bytes& a, const Bytes& b,
+                            float beta, void* c, int64_t ldc, bool real_c) {
+  const Shape shape{a.e5m2 ? CUDA_R_8F_E5M2 : CUDA_R_8F_E4M3, CUDA_R_8F_E4M3, real_c ? plans_->real : CUDA_R_32F,
+                    false, true, m, n, k, a.ld, b.ld, ldc, alignment(a.data), alignment(b.data), alignment(c)};
+  const Plan& plan = plans_->find(shape);
+  const auto scale = [&](cublasLtMatmulDescAttributes_t which, const float* by) {
+    NG_CUBLAS(library.MatmulDescSetAttribute(plan.product.get(), which, &by, sizeof(by)));
+  };
+  scale(CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, b.scale);  // operands change places
+  scale(CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, a.scale);
+  plans_->run(stream, shape, a.data, b.data, beta, c);
 }
 
 }  // namespace cuda

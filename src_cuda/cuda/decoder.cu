@@ -7,7 +7,8 @@
 // the true V, so the padding behind a row never counts. Two kernels turn logits into errors: walk_rows_kernel
 // (walk_rows.cuh) those of bf16 rows of 4,097 to 32,768 logits, score_rows_kernel all others. The latter moves 2V bytes
 // in and 2V out in bf16 (4V each in float), reads 4V of bias a row from the L2 cache, and dc reads the errors once
-// more. Logits without a loss, of a few rows in bf16, have a kernel of their own (few_logits.cuh).
+// more. Logits without a loss, of a few rows in bf16, have a kernel of their own (few_logits.cuh). Where the model is
+// "fp8" and the call learns, the three products are those of eight_bits.cu.
 #include <algorithm>
 #include <cmath>
 
@@ -213,7 +214,8 @@ T divide_up(T count, T by) {
 int CudaModel::walk_threads() const { return spec_.bf16 ? threads_to_walk(logit_ld_) : 0; }
 
 void CudaModel::lay_out_decoder() {
-  logit_ld_ = divide_up(int64_t{spec_.vocab}, int64_t{kPiece}) * kPiece;
+  const int64_t unit = spec_.fp8 ? 2 * kPiece : kPiece;  // rows of bytes are aligned to 16 too
+  logit_ld_ = divide_up(int64_t{spec_.vocab}, unit) * unit;
   const int64_t row_bytes = logit_ld_ * static_cast<int64_t>(real_size());
   const int64_t units = static_cast<int64_t>(kChunkBytes) / (kRowUnit * row_bytes);
   // Generation wants float logits of every stream at a time in the same memory.
@@ -224,6 +226,7 @@ void CudaModel::lay_out_decoder() {
   const int64_t parts = std::max(divide_up(logit_rows_, int64_t{kRowUnit}), std::min(walks, logit_rows_));
   bias_part_ = arena_.take<float>("logits", parts * logit_ld_);
   blas_workspace_ = arena_.take<char>("cuBLAS workspace", kBlasWorkspace);
+  if (spec_.fp8) lay_out_eight();
 }
 
 void CudaModel::score(bool want_gradient, bool accumulate) {
@@ -244,15 +247,21 @@ void CudaModel::score(bool want_gradient, bool accumulate) {
         bias_part_, logit_ld_, static_cast<int>(slices), spec_.vocab, add, d_decoder_bias_);
     launched();
   };
+  const bool eight = spec_.fp8 && want_gradient;
+  if (eight) begin_eight();
   with_real(spec_.bf16, [&](auto real) {
     using Real = decltype(real);
     Real* const logits = static_cast<Real*>(logits_);
     for (int64_t first = 0; first < rows_; first += logit_rows_) {
       const int64_t rows = std::min(logit_rows_, rows_ - first);
       const Real* const broca = static_cast<const Real*>(broca_real_) + first * dim;
-      cublas_->multiply(stream_.get(), false, true, rows, vocab, dim, broca, dim, decoder_real_, dim, 0.0f, logits,
-                        logit_ld_, true);
-      launched();
+      if (eight) {
+        logits_of_eight(first, rows);
+      } else {
+        cublas_->multiply(stream_.get(), false, true, rows, vocab, dim, broca, dim, decoder_real_, dim, 0.0f, logits,
+                          logit_ld_, true);
+        launched();
+      }
       const ScoreJob job{logit_ld_,         spec_.vocab,         want_gradient,
                          decoder_bias_,     target_ids_ + first, target_weights_ + first,
                          row_loss_ + first, row_best_ + first,   verdict_};
@@ -271,12 +280,16 @@ void CudaModel::score(bool want_gradient, bool accumulate) {
       if (!want_gradient) continue;
 
       const bool add = accumulate || first > 0;
-      cublas_->multiply(stream_.get(), false, false, rows, dim, vocab, logits, logit_ld_, decoder_real_, dim, 0.0f,
-                        d_broca_ + first * dim, dim, false);
-      launched();
-      cublas_->multiply(stream_.get(), true, false, vocab, dim, rows, logits, logit_ld_, broca, dim, add ? 1.0f : 0.0f,
-                        d_decoder_, dim, false);
-      launched();
+      if (eight) {
+        learn_of_eight(first, rows, add);
+      } else {
+        cublas_->multiply(stream_.get(), false, false, rows, dim, vocab, logits, logit_ld_, decoder_real_, dim, 0.0f,
+                          d_broca_ + first * dim, dim, false);
+        launched();
+        cublas_->multiply(stream_.get(), true, false, vocab, dim, rows, logits, logit_ld_, broca, dim,
+                          add ? 1.0f : 0.0f, d_decoder_, dim, false);
+        launched();
+      }
       if (walk) continue;
       const dim3 grid(static_cast<unsigned>(divide_up<int64_t>(rows, kRowUnit)),
                       static_cast<unsigned>(divide_up<int64_t>(vocab, kColumns)));

@@ -24,6 +24,7 @@ CudaModel::CudaModel(const ModelSpec& spec) : CudaModel(spec, MeasureOnly{}) {
                                 std::to_string(INT32_MAX / kBlock - kSpareRows) + ", got " + std::to_string(capacity_));
   }
   const OnDevice scope(spec_.device);
+  if (spec_.fp8) require_eight();
   memory_ = device_memory(arena_.bytes());
   arena_.bind(memory_.get());
   lay_out();

@@ -33,6 +33,13 @@ namespace neurogen::cuda {
 struct BrainCall;
 struct Dropout;
 
+// Operands of the decoder's products in 8 bits (eight_bits.cuh).
+enum Operand8 { kDecoder8, kBroca8, kErrors8, kOperands8 };
+struct EightScales {
+  unsigned top[kOperands8];  // largest magnitudes, as bits of a float; of errors: of the rows' weights
+  float up[kOperands8], back[kOperands8];
+};
+
 inline bool on_host(const Output& out) { return out.data && !out.device; }
 
 // How one brain launch runs its streams.
@@ -237,6 +244,15 @@ class CudaModel final : public Model {
   void logits_on_device(const void* broca_real, int64_t rows, float* out, bool speak = false);
   void to_real(const float* from, int64_t count, void* to);
 
+  // eight_bits.cu: the products of score() in 8 bits, where it learns
+  void require_eight() const;  // throws where the device cannot
+  void lay_out_eight();
+  void begin_eight();
+  void turn(Operand8 which, const void* from, int64_t ld, int64_t rows, int64_t columns, uint8_t* straight,
+            uint8_t* turned, int64_t turned_rows);
+  void logits_of_eight(int64_t first, int64_t rows);
+  void learn_of_eight(int64_t first, int64_t rows, bool add);
+
   // sampling.cu
   void draw(const float* logits, int64_t rows, int64_t first_row, int32_t* ids, bool speak = false);
   bool draw_spreads();  // whether several blocks of threads draw a row
@@ -387,6 +403,11 @@ class CudaModel final : public Model {
   void* logits_ = nullptr;  // Real [logit_rows, logit_ld] (score), or float [logit_rows/2, V] (sampling)
   void* blas_workspace_ = nullptr;
   float* bias_part_ = nullptr;  // scratch of dc: rows of logit_ld
+  struct {                      // sizes rounded up to 16: V, M of a chunk; turned: [columns, rows]
+    EightScales* scales = nullptr;
+    uint8_t *decoder = nullptr, *broca = nullptr, *errors = nullptr;  // [V, D], [M, D], [M, V]
+    uint8_t *decoder_turned = nullptr, *broca_turned = nullptr, *errors_turned = nullptr;
+  } eight_;
 
   // Embedding gradient.
   uint32_t *sort_keys_ = nullptr, *sorted_ids_ = nullptr, *sort_rows_ = nullptr, *sorted_rows_ = nullptr;  // [M]

@@ -54,6 +54,7 @@ struct ModelSpec {
   uint64_t seed = 0;   // keys dropout
   int device = 0;      // CUDA device
   bool bf16 = false;   // CUDA: products of bf16 values with fp32 accumulation, 16-bit saved activations
+  bool fp8 = false;    // CUDA, with bf16: the decoder's products take 8-bit operands where a call learns
   bool spin = false;   // CUDA: wait for the device by spinning instead of sleeping
 
   int readout() const { return static_cast<int>(regions.size()); }

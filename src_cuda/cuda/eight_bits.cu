@@ -1,0 +1,136 @@
+// The decoder's three products in 8 bits, see eight_bits.cuh. Scales of a call:
+//   W, broca   a power of two, so that the largest magnitude is in [128, 256): e4m3 ends at 448
+//   errors     2^14 * divisor / largest weight, so that a target's error of a row with the largest weight is
+//              -(1 - p) * 2^14: what weights and their sum are does not move it about between two numbers of e5m2
+#include "eight_bits.cuh"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+
+#include "model.h"
+
+namespace neurogen::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kTopBlocks = 528;  // blocks of find_top_kernel at most
+
+// *top = max(*top, largest |x|), as the bits of a float: these have the same order (and NaN is above all), so the order
+// of the blocks is all one.
+template <class T>
+__global__ void __launch_bounds__(kThreads) find_top_kernel(const T* x, int64_t count, unsigned* top) {
+  constexpr int kPieces = sizeof(uint4) / sizeof(T);
+  unsigned most = 0;
+  const auto look = [&](float value) { most = max(most, __float_as_uint(value) & 0x7fffffffu); };
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < count / kPieces; i += gridDim.x * kThreads) {
+    T piece[kPieces];
+    *reinterpret_cast<uint4*>(piece) = reinterpret_cast<const uint4*>(x)[i];
+    for (const T& value : piece) look(to_float(value));
+  }
+  if (blockIdx.x == 0) {
+    for (int64_t i = count / kPieces * kPieces + threadIdx.x; i < count; i += kThreads) look(to_float(x[i]));
+  }
+  most = __reduce_max_sync(0xffffffffu, most);
+  if (threadIdx.x % 32 == 0 && most) atomicMax(top, most);
+}
+
+__global__ void choose_scales_kernel(const Verdict* verdict, EightScales* s) {
+  // Bytes saturate. What is not finite makes its scale NaN instead, and so the loss.
+  const auto power = [](unsigned bits) {
+    const float top = __uint_as_float(bits);
+    return top > 0 ? isfinite(top) ? exp2f(7.0f - floorf(log2f(top))) : NAN : top == 0 ? 1.0f : NAN;
+  };
+  s->up[kDecoder8] = power(s->top[kDecoder8]);
+  s->up[kBroca8] = power(s->top[kBroca8]);
+  const double weight = __uint_as_float(s->top[kErrors8]);
+  s->up[kErrors8] = weight > 0 && verdict->divisor > 0 ? static_cast<float>(verdict->divisor / weight * 16384) : 1.0f;
+  for (int i = 0; i < kOperands8; ++i) s->back[i] = 1.0f / s->up[i];
+}
+
+int64_t padded(int64_t size) { return (size + kTurnUnit - 1) / kTurnUnit * kTurnUnit; }
+
+}  // namespace
+
+void CudaModel::require_eight() const {
+  int major = 0, minor = 0;
+  NG_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, spec_.device));
+  NG_CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, spec_.device));
+  if (major * 10 + minor >= 89) return;
+  throw std::invalid_argument("precision: 'fp8' expects a GPU of compute capability 8.9 or newer, got " +
+                              cuda_device(spec_.device).name + " of " + std::to_string(major) + "." +
+                              std::to_string(minor));
+}
+
+void CudaModel::lay_out_eight() {
+  const int64_t vocab = padded(spec_.vocab), rows = padded(logit_rows_), dim = spec_.dim;
+  const auto take = [&](const char* part, int64_t bytes) { return arena_.take<uint8_t>(part, bytes); };
+  eight_.scales = arena_.take<EightScales>("8-bit operands", 1);
+  eight_.decoder = take("8-bit operands", vocab * dim);
+  eight_.decoder_turned = take("8-bit operands", vocab * dim);
+  eight_.broca = take("8-bit operands", rows * dim);
+  eight_.broca_turned = take("8-bit operands", rows * dim);
+  eight_.errors = take("8-bit operands", rows * vocab);
+  eight_.errors_turned = take("8-bit operands", rows * vocab);
+}
+
+// Scales of the call, and W.
+void CudaModel::begin_eight() {
+  EightScales* const s = eight_.scales;
+  const auto find_top = [&](auto* x, int64_t count, Operand8 which) {
+    const int64_t pieces = (count * sizeof(*x) + sizeof(uint4) - 1) / sizeof(uint4);
+    const auto blocks = std::min<int64_t>((pieces + kThreads - 1) / kThreads, kTopBlocks);
+    find_top_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream_.get()>>>(x, count, s->top + which);
+    launched();
+  };
+  NG_CUDA(cudaMemsetAsync(s->top, 0, sizeof(s->top), stream_.get()));
+  find_top(static_cast<const bf16*>(decoder_real_), int64_t{spec_.vocab} * spec_.dim, kDecoder8);
+  find_top(static_cast<const bf16*>(broca_real_), rows_ * spec_.dim, kBroca8);
+  find_top(static_cast<const float*>(target_weights_), rows_, kErrors8);
+  choose_scales_kernel<<<1, 1, 0, stream_.get()>>>(verdict_, s);
+  launched();
+  turn(kDecoder8, decoder_real_, spec_.dim, spec_.vocab, spec_.dim, eight_.decoder, eight_.decoder_turned, spec_.dim);
+}
+
+// Both forms of [rows, columns]; turned_rows of the turned one are wanted.
+void CudaModel::turn(Operand8 which, const void* from, int64_t ld, int64_t rows, int64_t columns, uint8_t* straight,
+                     uint8_t* turned, int64_t turned_rows) {
+  TurnJob job;
+  job.from = static_cast<const bf16*>(from), job.from_ld = ld;
+  job.rows = static_cast<int>(rows), job.columns = static_cast<int>(columns);
+  job.up = eight_.scales->up + which;
+  job.format = which == kErrors8 ? __NV_E5M2 : __NV_E4M3;
+  job.straight = straight, job.straight_ld = padded(columns), job.straight_rows = static_cast<int>(padded(rows));
+  job.turned = turned, job.turned_ld = padded(rows), job.turned_rows = static_cast<int>(turned_rows);
+  const auto tiles = [](int64_t size) { return static_cast<unsigned>((size + kTurn - 1) / kTurn); };
+  turn_kernel<<<dim3(tiles(job.straight_ld), tiles(job.turned_ld)), kTurnThreads, 0, stream_.get()>>>(job);
+  launched();
+}
+
+// Rows first .. first + rows of the call: z, as score() wants it.
+void CudaModel::logits_of_eight(int64_t first, int64_t rows) {
+  const bf16* const broca = static_cast<const bf16*>(broca_real_) + first * spec_.dim;
+  turn(kBroca8, broca, spec_.dim, rows, spec_.dim, eight_.broca, eight_.broca_turned, spec_.dim);
+  const EightScales* const s = eight_.scales;
+  cublas_->multiply_eight(stream_.get(), rows, logit_ld_, spec_.dim, {eight_.broca, spec_.dim, &s->back[kBroca8]},
+                          {eight_.decoder, spec_.dim, &s->back[kDecoder8]}, 0.0f, logits_, logit_ld_, true);
+  launched();
+}
+
+// From dz in place of z: dbroca and dW.
+void CudaModel::learn_of_eight(int64_t first, int64_t rows, bool add) {
+  const int64_t dim = spec_.dim, vocab = padded(spec_.vocab), padded_rows = padded(rows);
+  turn(kErrors8, logits_, logit_ld_, rows, logit_ld_, eight_.errors, eight_.errors_turned, spec_.vocab);
+  const EightScales* const s = eight_.scales;
+  cublas_->multiply_eight(stream_.get(), rows, dim, vocab, {eight_.errors, vocab, &s->back[kErrors8], true},
+                          {eight_.decoder_turned, vocab, &s->back[kDecoder8]}, 0.0f, d_broca_ + first * dim, dim,
+                          false);
+  launched();
+  cublas_->multiply_eight(
+      stream_.get(), spec_.vocab, dim, padded_rows, {eight_.errors_turned, padded_rows, &s->back[kErrors8], true},
+      {eight_.broca_turned, padded_rows, &s->back[kBroca8]}, add ? 1.0f : 0.0f, d_decoder_, dim, false);
+  launched();
+}
+
+}  // namespace neurogen::cuda

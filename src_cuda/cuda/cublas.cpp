@@ -139,12 +139,10 @@ struct Shape {
   int64_t m, n, k, lda, ldb, ldc;
   uint32_t align_a, align_b, align_c;
 
-  bool operator<(const Shape& other) const { return tie() < other.tie(); }
-
- private:
   auto tie() const {
     return std::make_tuple(a, b, c, transpose_a, transpose_b, m, n, k, lda, ldb, ldc, align_a, align_b, align_c);
   }
+  bool operator<(const Shape& other) const { return tie() < other.tie(); }
 };
 
 // A product in the library's terms: left = our b, right = our a.

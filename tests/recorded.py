@@ -29,6 +29,19 @@ def to_bf16(x):
     return ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32).astype(np.float64)
 
 
+def to_eight(x, *, fraction, lowest):
+    """The nearest numbers with so many bits behind the first, down to 2^lowest, in float64 (ties to even); below that,
+    multiples of 2^(lowest - fraction). e4m3: 3, -6. e5m2: 2, -14. Nothing is too large here."""
+    exponent = np.maximum(np.frexp(np.asarray(x, np.float64))[1] - 1, lowest)
+    return np.ldexp(np.round(np.ldexp(x, fraction - exponent)), exponent - fraction)
+
+
+def to_e4m3(x):
+    """With one power of two as the scale of all, that takes the largest magnitude to [128, 256)."""
+    up = 2.0 ** (7 - np.floor(np.log2(np.abs(x).max())))
+    return to_eight(x * up, fraction=3, lowest=-6) / up
+
+
 def first_flips(cfg, one, other):
     """(flips, updates) of two recordings {region: (u, s)}: each stream's first flips, and its updates until then.
 
@@ -51,7 +64,8 @@ def first_flips(cfg, one, other):
     return int(flips), int(updates)
 
 
-def replay(cfg, params, ids, targets, recorded, *, weights=None, resets=None, state=None, masks=None, rounded=None):
+def replay(cfg, params, ids, targets, recorded, *, weights=None, resets=None, state=None, masks=None, rounded=None,
+           eight=False):
     """What one call must have come to, given what its neurons did.
 
     Parameters
@@ -62,6 +76,8 @@ def replay(cfg, params, ids, targets, recorded, *, weights=None, resets=None, st
     rounded : function of an array, optional
         Applied to both sides of every matrix product, to the logits and to what gates need again (d and G): what a
         program does that computes in 16 bits and sums in more.
+    eight : bool
+        Whether the decoder's products take 8-bit operands then: e4m3, and e5m2 for the errors of logits.
 
     Returns
     -------
@@ -76,7 +92,7 @@ def replay(cfg, params, ids, targets, recorded, *, weights=None, resets=None, st
     resets = np.zeros((T, B), bool) if resets is None else np.asarray(resets, bool).T
     past = {key: np.asarray(a, np.float64) for key, a in (state or zero_state(cfg, B)).items()}
     run = SimpleNamespace(
-        keep=~resets[..., None], past=past, params=params, round=r,
+        keep=~resets[..., None], past=past, params=params, round=r, eight=eight,
         u={name: late(u) for name, (u, _) in recorded.items()},
         s={name: late(s) for name, (_, s) in recorded.items()},
         masks={name: late(mask) for name, mask in (masks or {}).items()},
@@ -132,6 +148,8 @@ def _hear(cfg, run, ids, resets):
 def _score(cfg, run, targets, weights):
     """Cross-entropy into `run.loss`; dCE/dlogits [T, B, V]."""
     run.decoder = run.round(run.params["embedding.weight" if cfg.tie_decoder else "decoder.weight"])
+    if run.eight:
+        run.decoder, run.broca = to_e4m3(run.decoder), to_e4m3(run.broca)
     logits = run.round(run.broca @ run.decoder.T + run.params["decoder.bias"])
     logits -= logits.max(axis=-1, keepdims=True)
     log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
@@ -139,7 +157,12 @@ def _score(cfg, run, targets, weights):
     run.loss = float(-(weights * np.take_along_axis(log_p, targets[..., None], -1)[..., 0]).sum())
     d_logits = np.exp(log_p)
     d_logits[(*np.indices(targets.shape), targets)] -= 1.0
-    return run.round(weights[..., None] * d_logits)
+    d_logits = run.round(weights[..., None] * d_logits)
+    run.d_bias = d_logits.sum(axis=(0, 1))
+    if run.eight:  # an error of -1 in a row of the largest weight is -2^14
+        up = 2**14 / (weights.max() or 1.0)
+        d_logits = to_eight(d_logits * up, fraction=2, lowest=-14) / up
+    return d_logits
 
 
 def _over_time(a, b):
@@ -195,7 +218,7 @@ def _learn(cfg, run, ids, d_logits):
     gradients["embedding.weight"] = embedding + decoder if cfg.tie_decoder else embedding
     if not cfg.tie_decoder:
         gradients["decoder.weight"] = decoder
-    gradients["decoder.bias"] = d_logits.sum(axis=(0, 1))
+    gradients["decoder.bias"] = run.d_bias
     run.gradients = gradients
 
 

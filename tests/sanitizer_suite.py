@@ -5,9 +5,9 @@
 Reduced to: three regions with gates, delays, dropout and sparse blocks, odd V; 3 streams x 5 tokens (tied and not,
 graded and binary spikes) and 33 x 2 in groups of 16; both precisions; 1 x 5, 3 x 5, 900 x 2 and 41 x 5 of a sparse
 connectome whose weights stay in registers, the last with credit by copies in bulk; 33 x 2 of a dense connectome with a
-vocabulary of 5,003 in bf16, which has kernels of its own. Training, gradients accumulated, the token-by-token loop,
-evaluation, generation by every kind of sampling, arrays in device memory, read and written, with and without a wrong id
-(where CuPy is installed), a checkpoint saved and loaded.
+vocabulary of 5,003 in bf16, which has kernels of its own; that and 3 x 5 in fp8. Training, gradients accumulated, the
+token-by-token loop, evaluation, generation by every kind of sampling, arrays in device memory, read and written, with
+and without a wrong id (where CuPy is installed), a checkpoint saved and loaded.
 
 --quick, for racecheck: it keeps every access to shared memory since the last barrier, and the brain launch has one
 barrier in all. Three models of 2 streams x 3 tokens, two training steps each, an evaluation, two tokens drawn.
@@ -156,6 +156,7 @@ def main():
     done += [whole("plain", BRAINS["plain"], precision, 33, 2) for precision in ("fp32", "bf16")]
     os.environ.update(NEUROGEN_BRAIN="dense")
     done.append(whole("dense", DENSE, "bf16", 33, 2))
+    done += [whole("plain", BRAINS["plain"], "fp8", 3, 5), whole("dense", DENSE, "fp8", 33, 2)]
     names, arrays = "; ".join(name for name, _ in done), all(arrays for _, arrays in done)
     print(f"suite finished: {len(done)} models ({names}), device arrays: {'yes' if arrays else 'no'}")
 

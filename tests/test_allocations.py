@@ -19,7 +19,8 @@ import json, sys
 import numpy as np, neurogen_cy as ng
 from neurogen_cy.allocations import Counting
 
-counting = Counting("neurogen_cy/_cpu.")
+backend = sys.argv[2]
+counting = Counting(f"neurogen_cy/_{{backend}}.")
 cfg = ng.Config.preset("tiny", dropout=0.1)
 threads = int(sys.argv[1])
 rng = np.random.default_rng(0)
@@ -28,7 +29,7 @@ resets = rng.random(ids.shape) < 0.05
 predictions = np.empty_like(ids)
 models, kept = [], []
 def build():
-    models.append(ng.NeuroGen(cfg, backend="cpu", streams=16, max_tokens=32, threads=threads))
+    models.append(ng.NeuroGen(cfg, backend=backend, streams=16, max_tokens=32, threads=threads))
 built = counting.counted(build)
 x, o = np.empty((16, 32, cfg.dim), np.float32), np.empty((16, cfg.dim), np.float32)
 def train(steps):
@@ -50,15 +51,18 @@ print(json.dumps({{
 """
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_no_native_allocation_in_a_step(tmp_path, threads):
+def counted(tmp_path, backend, threads):
     try:
         environment = allocations.environment(tmp_path)
     except allocations.Unavailable as reason:
         pytest.skip(str(reason))
-    command = [sys.executable, "-c", COUNT, str(threads)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    counts = json.loads(run.stdout)
+    command = [sys.executable, "-c", COUNT, str(threads), backend]
+    return json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_no_native_allocation_in_a_step(tmp_path, threads):
+    counts = counted(tmp_path, "cpu", threads)
     assert counts["built"]["native_allocs"] >= 2, "the hooks must see the arenas of a model being built"
     nothing = counts["nothing"]
     assert nothing.pop("python_allocs") <= 1 and nothing.pop("python_bytes") < 1024  # CPython 3.10: the call's frame
@@ -71,6 +75,14 @@ def test_no_native_allocation_in_a_step(tmp_path, threads):
     assert trained["native_allocs"] == 0 and trained["array_allocs"] == 0
     assert trained["python_allocs"] >= STEPS, "a step's result is an object at least"
     assert counts["counter"] == 0
+
+
+@pytest.mark.gpu
+def test_no_native_allocation_in_a_step_of_a_gpu(tmp_path):
+    counts = counted(tmp_path, "cuda", 1)
+    assert counts["built"]["native_allocs"] >= 2, "the hooks must see a model being built"
+    trained = counts["trained"]
+    assert (trained["native_allocs"], trained["array_allocs"], counts["counter"]) == (0, 0, 0), trained
 
 
 def test_counting_needs_the_hooks(tmp_path, monkeypatch):

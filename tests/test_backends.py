@@ -21,7 +21,7 @@ def cuda(monkeypatch):
 
     def put(reason):
         module = SimpleNamespace(
-            BACKEND="cuda", PRECISIONS=("bf16", "fp32"), unavailable=lambda: reason, memory_plan=_cpu.memory_plan
+            BACKEND="cuda", PRECISIONS=("bf16", "fp32", "fp8"), unavailable=lambda: reason, memory_plan=_cpu.memory_plan
         )
         monkeypatch.setitem(sys.modules, "neurogen_cy._cuda", module)
 
@@ -54,7 +54,7 @@ def test_auto_falls_to_the_cpu_and_cuda_says_why(cuda):
 def test_a_memory_plan_needs_no_device(cuda):
     cuda("no CUDA device can be used")
     assert ng.memory_plan(TINY, backend="cuda", precision="bf16", threads=1) == ng.memory_plan(TINY, threads=1)
-    with pytest.raises(ValueError, match="expected None or 'bf16' or 'fp32' on the cuda backend, got 'fp16'"):
+    with pytest.raises(ValueError, match="expected None or 'bf16' or 'fp32' or 'fp8' on the cuda backend, got 'fp16'"):
         ng.memory_plan(TINY, backend="cuda", precision="fp16")
     with pytest.raises(ValueError, match="expected None or 'fp32' on the cpu backend, got 'bf16'"):
         ng.memory_plan(TINY, backend="cpu", precision="bf16")
@@ -74,7 +74,7 @@ def test_the_built_extension_loads_without_a_driver():
 def test_precision_of_a_model():
     assert ng.NeuroGen(TINY, "cpu", threads=1).precision == "fp32"
     assert ng.NeuroGen(TINY, "cpu", threads=1, precision="fp32").precision == "fp32"
-    cuda = SimpleNamespace(PRECISIONS=("bf16", "fp32"))
+    cuda = SimpleNamespace(PRECISIONS=("bf16", "fp32", "fp8"))
     assert backends.precision(cuda, None) == "bf16" and backends.precision(cuda, "fp32") == "fp32"
 
 

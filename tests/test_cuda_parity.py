@@ -12,7 +12,8 @@ average over 512 tokens of `tiny` without growth; u is spread over a few units, 
 the GPU recorded. In bf16 the two differ by rounding: 2^-9 of every factor, in random directions, through a few products
 in a row. How that adds up depends on the tensor, so it is measured: `replay` with every operand rounded is off by an
 error e of its own, normwise per tensor, and the backend may be off by 2 e (independent errors of equal size would make
-it e; sums in fp32 add 2^-24 a term, which is nothing beside 2^-9).
+it e; sums in fp32 add 2^-24 a term, which is nothing beside 2^-9). In fp8 the decoder's operands have four and three
+significant bits instead, in `replay` too.
 """
 
 import dataclasses
@@ -38,6 +39,8 @@ ONE_TOKEN_FP32 = 5e-6  # of the largest u: sums of up to 1,000 terms in fp32 err
 # Normwise. Rounding what is recorded (u, s of this token and the last) errs by 0.0022, rounding the factors of all
 # products by 0.0017 (both measured by rounding a CPU's recordings); together 0.0028 = 1.4 * 2^-9, and the bar is twice.
 ONE_TOKEN_BF16 = 3 * 2**-9
+# Logits are off by some 2^-5 of their size, which is of order 1, in random directions; so is the loss of one row.
+LOSS_FP8 = 2**-6
 LOSS_BF16 = 2**-9  # of the loss: the logits are rounded by that much, in random directions
 
 
@@ -196,6 +199,47 @@ def test_bf16(case, brain, monkeypatch):
     assert not beyond, f"(error, naive error) beyond twice the naive: {beyond}"
     assert errors.keys() == exact.gradients.keys()
     assert max(naive for _, naive in errors.values()) < 2**-4, "the yardstick itself must be small"
+
+
+def test_fp8(case):
+    """Gradients as in bf16; and those of the decoder are nearer to `replay` in 8 bits than that is to float64."""
+    model, result, recorded = on_gpu(case, "fp8")
+    exact = replayed(case, recorded)
+    naive = replayed(case, recorded, rounded=to_bf16, eight=True)
+    assert abs(result.loss - exact.loss) <= LOSS_FP8 * exact.loss
+    gradients = {key: view.numpy() for key, view in model.gradients().items() if exact.gradients[key].any()}
+    errors = {
+        key: (distance(gradient, exact.gradients[key]), distance(naive.gradients[key], exact.gradients[key]))
+        for key, gradient in gradients.items()
+    }  # fmt: skip
+    beyond = {key: pair for key, pair in errors.items() if pair[0] > 2 * pair[1]}
+    assert not beyond, f"(error, naive error) beyond twice the naive: {beyond}"
+    decoder = "embedding.weight" if case.cfg.tie_decoder else "decoder.weight"
+    assert 2**-9 < distance(gradients[decoder], naive.gradients[decoder]) < errors[decoder][1], decoder
+    assert 2**-7 < errors[decoder][1], "8 bits must be seen"
+    assert max(naive for _, naive in errors.values()) < 2**-2, "the yardstick itself must be small"
+
+
+def test_what_does_not_learn_is_not_in_eight_bits():
+    cfg = BRAINS["wordy"]
+    rng = np.random.default_rng(5)
+    ids, targets = rng.integers(0, cfg.vocab_size, (2, 4, 9)).astype(np.int32)
+    said = {}
+    for precision in ("bf16", "fp8"):
+        model = ng.NeuroGen(cfg, backend="cuda", streams=4, max_tokens=9, seed=SEED, precision=precision)
+        tokens = list(model.generate(ids, 3, seed=1))
+        said[precision] = model.evaluate(ids, targets), np.stack(tokens), model.backward_batch(ids, targets).loss
+    assert said["bf16"][0] == said["fp8"][0] and np.array_equal(said["bf16"][1], said["fp8"][1])
+    assert said["bf16"][2] != said["fp8"][2]
+
+
+def test_fp8_of_weights_that_are_not_finite():
+    """Bytes end at 448: what lies beyond must not become that."""
+    model = ng.NeuroGen(BRAINS["tiny"], backend="cuda", max_tokens=4, seed=SEED, precision="fp8", nonfinite="skip")
+    weights = model.parameters()["decoder.weight"].numpy().copy()
+    weights[3, 5] = np.inf
+    model.load_parameters({"decoder.weight": weights})
+    assert not np.isfinite(model.train_step_batch(np.zeros((1, 4), np.int32), np.ones((1, 4), np.int32)).loss)
 
 
 @pytest.mark.parametrize("vocab", [1003, 5003])

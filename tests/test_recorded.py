@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import reference
 from connectomes import random_case
-from recorded import first_flips, replay, to_bf16
+from recorded import first_flips, replay, to_bf16, to_e4m3, to_eight
 
 import neurogen_cy as ng
 
@@ -44,6 +44,34 @@ def test_rounding_to_bf16():
         if gradient.any():
             error = np.linalg.norm(got.gradients[key] - gradient) / np.linalg.norm(gradient)
             assert 2**-12 < error < 2**-4, key
+
+
+@pytest.mark.parametrize(("name", "fraction", "lowest"), [("float8_e4m3fn", 3, -6), ("float8_e5m2", 2, -14)])
+def test_rounding_to_eight_bits_is_pytorchs(name, fraction, lowest):
+    torch = pytest.importorskip("torch")
+    x = np.concatenate([2.0**power * np.linspace(1, 2, 97) for power in range(-20, 8)] + [np.zeros(1)])
+    x = np.concatenate([x, -x]).astype(np.float32)
+    expected = torch.from_numpy(x).to(getattr(torch, name)).double().numpy()
+    np.testing.assert_array_equal(to_eight(x.astype(np.float64), fraction=fraction, lowest=lowest), expected)
+
+
+def test_one_scale_of_all():
+    """A power of two, which changes nothing but where small numbers end: 2^-9 / 128 of the largest."""
+    x = np.array([1.5, 1.5625, -1.0, 3 * 2**-17, 2**-18])
+    np.testing.assert_array_equal(to_e4m3(x), [1.5, 1.5, -1.0, 2**-15, 0.0])
+    np.testing.assert_array_equal(to_e4m3(x * 2**-30), to_e4m3(x) * 2**-30)
+
+
+def test_a_decoder_in_eight_bits_moves_what_it_should():
+    """Gradients by the e5m2 errors' RMS of 2^-4, that of the bias not at all but through the logits."""
+    case = random_case(3, rate_weight=0.5)
+    expected = reference.forward_backward(case.cfg, case.params, case.ids, case.targets)
+    recorded = {name: (u, expected.s[name]) for name, u in expected.u.items()}
+    got = replay(case.cfg, case.params, case.ids, case.targets, recorded, rounded=to_bf16, eight=True)
+    for key, gradient in expected.gradients.items():
+        if gradient.any():
+            error = np.linalg.norm(got.gradients[key] - gradient) / np.linalg.norm(gradient)
+            assert 2**-12 < error < 2**-2, key
 
 
 def test_first_flips_are_counted_until_a_stream_parts():

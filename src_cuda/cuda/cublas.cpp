@@ -138,9 +138,10 @@ struct Shape {
   bool transpose_a, transpose_b;
   int64_t m, n, k, lda, ldb, ldc;
   uint32_t align_a, align_b, align_c;
+  const float *scale_a = nullptr, *scale_b = nullptr;  // of bytes
 
   auto tie() const {
-    return std::make_tuple(a, b, c, transpose_a, transpose_b, m, n, k, lda, ldb, ldc, align_a, align_b, align_c);
+    return std::make_tuple(a, b, c, transpose_a, transpose_b, m, n, k, lda, ldb, ldc, align_a, align_b, align_c, scale_a, scale_b);
   }
   bool operator<(const Shape& other) const { return tie() < other.tie(); }
 };
@@ -166,6 +167,11 @@ struct Cublas::Plans {
   Plan make(const Shape& s) const {
     Plan plan;
     plan.product = new_product(s.transpose_b, s.transpose_a);
+    const auto scale = [&](cublasLtMatmulDescAttributes_t which, const float* by) {
+      if (by) NG_CUBLAS(library.MatmulDescSetAttribute(plan.product.get(), which, &by, sizeof(by)));
+    };
+    scale(CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, s.scale_b);
+    scale(CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, s.scale_a);
     plan.left = s.transpose_b ? new_layout(s.b, s.k, s.n, s.ldb) : new_layout(s.b, s.n, s.k, s.ldb);
     plan.right = s.transpose_a ? new_layout(s.a, s.m, s.k, s.lda) : new_layout(s.a, s.k, s.m, s.lda);
     plan.out = new_layout(s.c, s.n, s.m, s.ldc);
@@ -229,13 +235,7 @@ void Cublas::multiply(cudaStream_t stream, bool transpose_a, bool transpose_b, i
 void Cublas::multiply_eight(cudaStream_t stream, int64_t m, int64_t n, int64_t k, const Bytes& a, const Bytes& b,
                             float beta, void* c, int64_t ldc, bool real_c) {
   const Shape shape{a.e5m2 ? CUDA_R_8F_E5M2 : CUDA_R_8F_E4M3, CUDA_R_8F_E4M3, real_c ? plans_->real : CUDA_R_32F,
-                    false, true, m, n, k, a.ld, b.ld, ldc, alignment(a.data), alignment(b.data), alignment(c)};
-  const Plan& plan = plans_->find(shape);
-  const auto scale = [&](cublasLtMatmulDescAttributes_t which, const float* by) {
-    NG_CUBLAS(library.MatmulDescSetAttribute(plan.product.get(), which, &by, sizeof(by)));
-  };
-  scale(CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, b.scale);  // operands change places
-  scale(CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, a.scale);
+                    false, true, m, n, k, a.ld, b.ld, ldc, alignment(a.data), alignment(b.data), alignment(c), a.scale, b.scale};
   plans_->run(stream, shape, a.data, b.data, beta, c);
 }
 

@@ -36,17 +36,17 @@ __global__ void __launch_bounds__(kThreads) find_top_kernel(const T* x, int64_t 
   if (threadIdx.x % 32 == 0 && most) atomicMax(top, most);
 }
 
-__global__ void choose_scales_kernel(const Verdict* verdict, EightScales* s) {
+__global__ void choose_scales_kernel(const Verdict* verdict, EightScale* of) {
   // Bytes saturate. What is not finite makes its scale NaN instead, and so the loss.
   const auto power = [](unsigned bits) {
     const float top = __uint_as_float(bits);
-    return top > 0 ? isfinite(top) ? exp2f(7.0f - floorf(log2f(top))) : NAN : top == 0 ? 1.0f : NAN;
+    return top == 0 ? 1.0f : isfinite(top) ? exp2f(7.0f - floorf(log2f(top))) : NAN;
   };
-  s->up[kDecoder8] = power(s->top[kDecoder8]);
-  s->up[kBroca8] = power(s->top[kBroca8]);
-  const double weight = __uint_as_float(s->top[kErrors8]);
-  s->up[kErrors8] = weight > 0 && verdict->divisor > 0 ? static_cast<float>(verdict->divisor / weight * 16384) : 1.0f;
-  for (int i = 0; i < kOperands8; ++i) s->back[i] = 1.0f / s->up[i];
+  of[kDecoder8].up = power(of[kDecoder8].top);
+  of[kBroca8].up = power(of[kBroca8].top);
+  const double weight = __uint_as_float(of[kErrors8].top);
+  of[kErrors8].up = weight > 0 && verdict->divisor > 0 ? static_cast<float>(verdict->divisor / weight * 16384) : 1.0f;
+  for (int i = 0; i < kOperands8; ++i) of[i].back = 1.0f / of[i].up;
 }
 
 int64_t padded(int64_t size) { return (size + kTurnUnit - 1) / kTurnUnit * kTurnUnit; }
@@ -66,7 +66,7 @@ void CudaModel::require_eight() const {
 void CudaModel::lay_out_eight() {
   const int64_t vocab = padded(spec_.vocab), rows = padded(logit_rows_), dim = spec_.dim;
   const auto take = [&](const char* part, int64_t bytes) { return arena_.take<uint8_t>(part, bytes); };
-  eight_.scales = arena_.take<EightScales>("8-bit operands", 1);
+  eight_.scales = arena_.take<EightScale>("8-bit operands", kOperands8);
   eight_.decoder = take("8-bit operands", vocab * dim);
   eight_.decoder_turned = take("8-bit operands", vocab * dim);
   eight_.broca = take("8-bit operands", rows * dim);
@@ -77,18 +77,18 @@ void CudaModel::lay_out_eight() {
 
 // Scales of the call, and W.
 void CudaModel::begin_eight() {
-  EightScales* const s = eight_.scales;
+  EightScale* const scales = eight_.scales;
   const auto find_top = [&](auto* x, int64_t count, Operand8 which) {
     const int64_t pieces = (count * sizeof(*x) + sizeof(uint4) - 1) / sizeof(uint4);
     const auto blocks = std::min<int64_t>((pieces + kThreads - 1) / kThreads, kTopBlocks);
-    find_top_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream_.get()>>>(x, count, s->top + which);
+    find_top_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream_.get()>>>(x, count, &scales[which].top);
     launched();
   };
-  NG_CUDA(cudaMemsetAsync(s->top, 0, sizeof(s->top), stream_.get()));
+  NG_CUDA(cudaMemsetAsync(scales, 0, kOperands8 * sizeof(*scales), stream_.get()));
   find_top(static_cast<const bf16*>(decoder_real_), int64_t{spec_.vocab} * spec_.dim, kDecoder8);
   find_top(static_cast<const bf16*>(broca_real_), rows_ * spec_.dim, kBroca8);
   find_top(static_cast<const float*>(target_weights_), rows_, kErrors8);
-  choose_scales_kernel<<<1, 1, 0, stream_.get()>>>(verdict_, s);
+  choose_scales_kernel<<<1, 1, 0, stream_.get()>>>(verdict_, scales);
   launched();
   turn(kDecoder8, decoder_real_, spec_.dim, spec_.vocab, spec_.dim, eight_.decoder, eight_.decoder_turned, spec_.dim);
 }
@@ -99,7 +99,7 @@ void CudaModel::turn(Operand8 which, const void* from, int64_t ld, int64_t rows,
   TurnJob job;
   job.from = static_cast<const bf16*>(from), job.from_ld = ld;
   job.rows = static_cast<int>(rows), job.columns = static_cast<int>(columns);
-  job.up = eight_.scales->up + which;
+  job.up = &eight_.scales[which].up;
   job.format = which == kErrors8 ? __NV_E5M2 : __NV_E4M3;
   job.straight = straight, job.straight_ld = padded(columns), job.straight_rows = static_cast<int>(padded(rows));
   job.turned = turned, job.turned_ld = padded(rows), job.turned_rows = static_cast<int>(turned_rows);
@@ -112,9 +112,9 @@ void CudaModel::turn(Operand8 which, const void* from, int64_t ld, int64_t rows,
 void CudaModel::logits_of_eight(int64_t first, int64_t rows) {
   const bf16* const broca = static_cast<const bf16*>(broca_real_) + first * spec_.dim;
   turn(kBroca8, broca, spec_.dim, rows, spec_.dim, eight_.broca, eight_.broca_turned, spec_.dim);
-  const EightScales* const s = eight_.scales;
-  cublas_->multiply_eight(stream_.get(), rows, logit_ld_, spec_.dim, {eight_.broca, spec_.dim, &s->back[kBroca8]},
-                          {eight_.decoder, spec_.dim, &s->back[kDecoder8]}, 0.0f, logits_, logit_ld_, true);
+  cublas_->multiply_eight(stream_.get(), rows, logit_ld_, spec_.dim,
+                          {eight_.broca, spec_.dim, &eight_.scales[kBroca8].back},
+                          {eight_.decoder, spec_.dim, &eight_.scales[kDecoder8].back}, 0.0f, logits_, logit_ld_, true);
   launched();
 }
 
@@ -122,14 +122,14 @@ void CudaModel::logits_of_eight(int64_t first, int64_t rows) {
 void CudaModel::learn_of_eight(int64_t first, int64_t rows, bool add) {
   const int64_t dim = spec_.dim, vocab = padded(spec_.vocab), padded_rows = padded(rows);
   turn(kErrors8, logits_, logit_ld_, rows, logit_ld_, eight_.errors, eight_.errors_turned, spec_.vocab);
-  const EightScales* const s = eight_.scales;
-  cublas_->multiply_eight(stream_.get(), rows, dim, vocab, {eight_.errors, vocab, &s->back[kErrors8], true},
-                          {eight_.decoder_turned, vocab, &s->back[kDecoder8]}, 0.0f, d_broca_ + first * dim, dim,
-                          false);
+  cublas_->multiply_eight(stream_.get(), rows, dim, vocab, {eight_.errors, vocab, &eight_.scales[kErrors8].back, true},
+                          {eight_.decoder_turned, vocab, &eight_.scales[kDecoder8].back}, 0.0f, d_broca_ + first * dim,
+                          dim, false);
   launched();
-  cublas_->multiply_eight(
-      stream_.get(), spec_.vocab, dim, padded_rows, {eight_.errors_turned, padded_rows, &s->back[kErrors8], true},
-      {eight_.broca_turned, padded_rows, &s->back[kBroca8]}, add ? 1.0f : 0.0f, d_decoder_, dim, false);
+  cublas_->multiply_eight(stream_.get(), spec_.vocab, dim, padded_rows,
+                          {eight_.errors_turned, padded_rows, &eight_.scales[kErrors8].back, true},
+                          {eight_.broca_turned, padded_rows, &eight_.scales[kBroca8].back}, add ? 1.0f : 0.0f,
+                          d_decoder_, dim, false);
   launched();
 }
 

@@ -35,9 +35,9 @@ struct Dropout;
 
 // Operands of the decoder's products in 8 bits (eight_bits.cuh).
 enum Operand8 { kDecoder8, kBroca8, kErrors8, kOperands8 };
-struct EightScales {
-  unsigned top[kOperands8];  // largest magnitudes, as bits of a float; of errors: of the rows' weights
-  float up[kOperands8], back[kOperands8];
+struct alignas(16) EightScale {
+  float back, up;  // what the library multiplies by, and its inverse
+  unsigned top;    // largest magnitude, as the bits of a float; of errors: of the rows' weights
 };
 
 inline bool on_host(const Output& out) { return out.data && !out.device; }
@@ -402,9 +402,9 @@ class CudaModel final : public Model {
   int64_t logit_rows_ = 0, logit_ld_ = 0;
   void* logits_ = nullptr;  // Real [logit_rows, logit_ld] (score), or float [logit_rows/2, V] (sampling)
   void* blas_workspace_ = nullptr;
-  float* bias_part_ = nullptr;  // scratch of dc: rows of logit_ld
-  struct {                      // sizes rounded up to 16: V, M of a chunk; turned: [columns, rows]
-    EightScales* scales = nullptr;
+  float* bias_part_ = nullptr;     // scratch of dc: rows of logit_ld
+  struct {                         // sizes rounded up to 16: V, M of a chunk; turned: [columns, rows]
+    EightScale* scales = nullptr;  // [kOperands8]
     uint8_t *decoder = nullptr, *broca = nullptr, *errors = nullptr;  // [V, D], [M, D], [M, V]
     uint8_t *decoder_turned = nullptr, *broca_turned = nullptr, *errors_turned = nullptr;
   } eight_;

@@ -233,18 +233,6 @@ def test_what_does_not_learn_is_not_in_eight_bits():
     assert said["bf16"][2] != said["fp8"][2]
 
 
-def test_fp8_of_weights_that_are_not_finite():
-    """Bytes end at 448: what lies beyond must not become that."""
-    cupy = pytest.importorskip("cupy")
-    model = ng.NeuroGen(BRAINS["tiny"], backend="cuda", max_tokens=4, seed=SEED, precision="fp8", nonfinite="skip")
-    call = np.zeros((1, 4), np.int32), np.ones((1, 4), np.int32)
-    assert np.isfinite(model.train_step_batch(*call).loss)
-    cupy.asarray(model.parameters()["decoder.weight"])[3, 5] = np.inf
-    cupy.cuda.runtime.deviceSynchronize()
-    model.load_parameters({"decoder.bias": np.zeros(256, np.float32)})  # and W is read anew
-    assert not np.isfinite(model.train_step_batch(*call).loss)
-
-
 @pytest.mark.parametrize("vocab", [1003, 5003])
 @pytest.mark.parametrize("dim", [32, 96, 1536])
 def test_logits_of_few_rows(vocab, dim):

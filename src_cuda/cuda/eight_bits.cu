@@ -37,11 +37,8 @@ __global__ void __launch_bounds__(kThreads) find_top_kernel(const T* x, int64_t 
 }
 
 __global__ void choose_scales_kernel(const Verdict* verdict, EightScale* of) {
-  // Bytes saturate. What is not finite makes its scale NaN instead, and so the loss.
-  const auto power = [](unsigned bits) {
-    const float top = __uint_as_float(bits);
-    return top == 0 ? 1.0f : isfinite(top) ? exp2f(7.0f - floorf(log2f(top))) : NAN;
-  };
+  // Of what is not finite: 0 or NaN, which makes the loss NaN, though bytes saturate.
+  const auto power = [](unsigned bits) { return bits ? exp2f(7.0f - floorf(log2f(__uint_as_float(bits)))) : 1.0f; };
   of[kDecoder8].up = power(of[kDecoder8].top);
   of[kBroca8].up = power(of[kBroca8].top);
   const double weight = __uint_as_float(of[kErrors8].top);

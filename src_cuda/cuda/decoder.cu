@@ -241,13 +241,13 @@ void CudaModel::score(bool want_gradient, bool accumulate) {
   const int64_t walks =
       walk ? std::min({int64_t{std::min(processors_, kMostProcessors)} * (kWalkThreads / walkers), logit_rows_, rows_})
            : 0;
-  const auto walk_rows = walk ? walk_kernel(walkers, ahead) : nullptr;
+  const bool eight = spec_.fp8 && want_gradient;
+  const auto walk_rows = walk ? walk_kernel(walkers, ahead, eight) : nullptr;
   const auto add_slices = [&](int64_t slices, bool add) {
     add_slices_kernel<<<static_cast<unsigned>(divide_up<int64_t>(vocab, 32)), 1024, 0, stream_.get()>>>(
         bias_part_, logit_ld_, static_cast<int>(slices), spec_.vocab, add, d_decoder_bias_);
     launched();
   };
-  const bool eight = spec_.fp8 && want_gradient;
   if (eight) begin_eight();
   with_real(spec_.bf16, [&](auto real) {
     using Real = decltype(real);
@@ -262,9 +262,17 @@ void CudaModel::score(bool want_gradient, bool accumulate) {
                           logit_ld_, true);
         launched();
       }
-      const ScoreJob job{logit_ld_,         spec_.vocab,         want_gradient,
-                         decoder_bias_,     target_ids_ + first, target_weights_ + first,
-                         row_loss_ + first, row_best_ + first,   verdict_};
+      const ScoreJob job{logit_ld_,
+                         spec_.vocab,
+                         want_gradient,
+                         decoder_bias_,
+                         target_ids_ + first,
+                         target_weights_ + first,
+                         row_loss_ + first,
+                         row_best_ + first,
+                         verdict_,
+                         eight ? eight_.errors : nullptr,
+                         eight ? &eight_.scales[kErrors8].up : nullptr};
       if (walk) {
         if (logit_ld_ > vocab) {  // the walk takes whole pieces
           NG_CUDA(cudaMemset2DAsync(logits + vocab, logit_ld_ * sizeof(Real), 0, (logit_ld_ - vocab) * sizeof(Real),
@@ -281,7 +289,7 @@ void CudaModel::score(bool want_gradient, bool accumulate) {
 
       const bool add = accumulate || first > 0;
       if (eight) {
-        learn_of_eight(first, rows, add);
+        learn_of_eight(first, rows, walk, add);
       } else {
         cublas_->multiply(stream_.get(), false, false, rows, dim, vocab, logits, logit_ld_, decoder_real_, dim, 0.0f,
                           d_broca_ + first * dim, dim, false);

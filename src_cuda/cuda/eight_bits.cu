@@ -72,6 +72,23 @@ void CudaModel::lay_out_eight() {
   eight_.errors_turned = take("8-bit operands", rows * vocab);
 }
 
+// Both forms of [rows, columns], or the turned one of bytes; turned_rows of that are wanted.
+template <class From>
+void CudaModel::turn(Operand8 which, const From* from, int64_t ld, int64_t rows, int64_t columns, uint8_t* straight,
+                     uint8_t* turned, int64_t turned_rows) {
+  TurnJob<From> job;
+  job.from = from, job.from_ld = ld;
+  job.rows = static_cast<int>(rows), job.columns = static_cast<int>(columns);
+  job.up = &eight_.scales[which].up;
+  job.format = which == kErrors8 ? __NV_E5M2 : __NV_E4M3;
+  job.straight = straight, job.straight_ld = padded(columns);
+  job.straight_rows = straight ? static_cast<int>(padded(rows)) : 0;
+  job.turned = turned, job.turned_ld = padded(rows), job.turned_rows = static_cast<int>(turned_rows);
+  const auto tiles = [](int64_t size) { return static_cast<unsigned>((size + kTurn - 1) / kTurn); };
+  turn_kernel<<<dim3(tiles(job.straight_ld), tiles(job.turned_ld)), kTurnThreads, 0, stream_.get()>>>(job);
+  launched();
+}
+
 // Scales of the call, and W.
 void CudaModel::begin_eight() {
   EightScale* const scales = eight_.scales;
@@ -87,22 +104,8 @@ void CudaModel::begin_eight() {
   find_top(static_cast<const float*>(target_weights_), rows_, kErrors8);
   choose_scales_kernel<<<1, 1, 0, stream_.get()>>>(verdict_, scales);
   launched();
-  turn(kDecoder8, decoder_real_, spec_.dim, spec_.vocab, spec_.dim, eight_.decoder, eight_.decoder_turned, spec_.dim);
-}
-
-// Both forms of [rows, columns]; turned_rows of the turned one are wanted.
-void CudaModel::turn(Operand8 which, const void* from, int64_t ld, int64_t rows, int64_t columns, uint8_t* straight,
-                     uint8_t* turned, int64_t turned_rows) {
-  TurnJob job;
-  job.from = static_cast<const bf16*>(from), job.from_ld = ld;
-  job.rows = static_cast<int>(rows), job.columns = static_cast<int>(columns);
-  job.up = &eight_.scales[which].up;
-  job.format = which == kErrors8 ? __NV_E5M2 : __NV_E4M3;
-  job.straight = straight, job.straight_ld = padded(columns), job.straight_rows = static_cast<int>(padded(rows));
-  job.turned = turned, job.turned_ld = padded(rows), job.turned_rows = static_cast<int>(turned_rows);
-  const auto tiles = [](int64_t size) { return static_cast<unsigned>((size + kTurn - 1) / kTurn); };
-  turn_kernel<<<dim3(tiles(job.straight_ld), tiles(job.turned_ld)), kTurnThreads, 0, stream_.get()>>>(job);
-  launched();
+  turn(kDecoder8, static_cast<const bf16*>(decoder_real_), spec_.dim, spec_.vocab, spec_.dim, eight_.decoder,
+       eight_.decoder_turned, spec_.dim);
 }
 
 // Rows first .. first + rows of the call: z, as score() wants it.
@@ -115,10 +118,15 @@ void CudaModel::logits_of_eight(int64_t first, int64_t rows) {
   launched();
 }
 
-// From dz in place of z: dbroca and dW.
-void CudaModel::learn_of_eight(int64_t first, int64_t rows, bool add) {
+// dbroca and dW, from dz in place of z or, as_bytes, in eight_.errors.
+void CudaModel::learn_of_eight(int64_t first, int64_t rows, bool as_bytes, bool add) {
   const int64_t dim = spec_.dim, vocab = padded(spec_.vocab), padded_rows = padded(rows);
-  turn(kErrors8, logits_, logit_ld_, rows, logit_ld_, eight_.errors, eight_.errors_turned, spec_.vocab);
+  if (as_bytes) {
+    turn<uint8_t>(kErrors8, eight_.errors, vocab, rows, vocab, nullptr, eight_.errors_turned, spec_.vocab);
+  } else {
+    turn(kErrors8, static_cast<const bf16*>(logits_), logit_ld_, rows, vocab, eight_.errors, eight_.errors_turned,
+         spec_.vocab);
+  }
   cublas_->multiply_eight(stream_.get(), rows, dim, vocab, {eight_.errors, vocab, &eight_.scales[kErrors8].back, true},
                           {eight_.decoder_turned, vocab, &eight_.scales[kDecoder8].back}, 0.0f, d_broca_ + first * dim,
                           dim, false);

@@ -19,22 +19,30 @@ constexpr int kTurnThreads = 256;  // of a block
 constexpr int kTurnUnit = 16;      // padded sizes are multiples of this, as the library wants them
 
 // Four neighbouring numbers as bytes, the first lowest.
+__device__ inline uint32_t bytes_of(const float* x, float up, __nv_fp8_interpretation_t format) {
+  const auto pair = [&](float low, float high) {
+    return uint32_t{__nv_cvt_float2_to_fp8x2({low * up, high * up}, __NV_SATFINITE, format)};
+  };
+  return pair(x[0], x[1]) | pair(x[2], x[3]) << 16;
+}
 __device__ inline uint32_t bytes_of(const bf16* p, float up, __nv_fp8_interpretation_t format) {
   const uint2 raw = *reinterpret_cast<const uint2*>(p);
   const float2 low = as_floats(raw.x), high = as_floats(raw.y);
-  const auto pair = [&](float2 x) {
-    return uint32_t{__nv_cvt_float2_to_fp8x2({x.x * up, x.y * up}, __NV_SATFINITE, format)};
-  };
-  return pair(low) | pair(high) << 16;
+  const float x[4] = {low.x, low.y, high.x, high.y};
+  return bytes_of(x, up, format);
+}
+__device__ inline uint32_t bytes_of(const uint8_t* p, float, __nv_fp8_interpretation_t) {
+  return *reinterpret_cast<const uint32_t*>(p);
 }
 
+template <class From>
 struct TurnJob {
-  const bf16* from;  // [rows, columns], columns a multiple of 4
+  const From* from;  // [rows, columns], columns a multiple of 4; bytes are what they shall be
   int64_t from_ld;
   int rows, columns;
   const float* up;  // the scale
   __nv_fp8_interpretation_t format;
-  uint8_t* straight;  // [straight_rows, straight_ld]: zero beyond rows and columns
+  uint8_t* straight;  // [straight_rows, straight_ld]: zero beyond rows and columns; none of no rows
   int64_t straight_ld;
   int straight_rows;
   uint8_t* turned;  // [turned_rows, turned_ld]: turned[c, r] = from[r, c], zero likewise
@@ -44,7 +52,8 @@ struct TurnJob {
 
 // One block a tile. A thread turns 4 x 4 bytes in registers; a row of the tile in shared memory is a column there, one
 // word longer than it need be, so that the 32 words a warp writes lie in 32 banks.
-__global__ void __launch_bounds__(kTurnThreads) turn_kernel(TurnJob p) {
+template <class From>
+__global__ void __launch_bounds__(kTurnThreads) turn_kernel(TurnJob<From> p) {
   __shared__ uint32_t tile[kTurn][kTurn / 4 + 1];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int first_row = blockIdx.y * kTurn, first_column = blockIdx.x * kTurn;

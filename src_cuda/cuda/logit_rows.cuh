@@ -20,6 +20,8 @@ struct ScoreJob {
   float* losses;           // [rows]
   int32_t* best;           // [rows]
   Verdict* verdict;
+  uint8_t* bytes = nullptr;   // [rows, ld] the errors times *up as e5m2, where they are not left in place of the logits
+  const float* up = nullptr;  // null without bytes
 };
 
 __device__ inline void load_piece(const float* p, float (&x)[kPiece]) {

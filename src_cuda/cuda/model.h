@@ -248,10 +248,11 @@ class CudaModel final : public Model {
   void require_eight() const;  // throws where the device cannot
   void lay_out_eight();
   void begin_eight();
-  void turn(Operand8 which, const void* from, int64_t ld, int64_t rows, int64_t columns, uint8_t* straight,
+  template <class From>
+  void turn(Operand8 which, const From* from, int64_t ld, int64_t rows, int64_t columns, uint8_t* straight,
             uint8_t* turned, int64_t turned_rows);
   void logits_of_eight(int64_t first, int64_t rows);
-  void learn_of_eight(int64_t first, int64_t rows, bool add);
+  void learn_of_eight(int64_t first, int64_t rows, bool as_bytes, bool add);
 
   // sampling.cu
   void draw(const float* logits, int64_t rows, int64_t first_row, int32_t* ids, bool speak = false);

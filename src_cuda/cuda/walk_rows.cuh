@@ -1,8 +1,8 @@
-// Softmax cross-entropy and its gradient, in place, of bf16 rows of 4,097 to 32,768 logits. The trick: a block of
-// threads walks many rows and has the same columns of each, so that their biases stay in shared memory and the sums of
-// dc in registers; the next row is on its way while one is worked on. The cost: all registers of a multiprocessor, and
-// every exponential twice. The gain: 4V bytes of bias a row from L2 and another reading of the errors, 2.6 -> 1.4 ms
-// for 32,768 rows of 32,000; with the next row in shared memory (Ahead) 1.2.
+// Softmax cross-entropy and its gradient, in place or as bytes elsewhere, of bf16 rows of 4,097 to 32,768 logits. The
+// trick: a block of threads walks many rows and has the same columns of each, so that their biases stay in shared
+// memory and the sums of dc in registers; the next row is on its way while one is worked on. The cost: all registers of
+// a multiprocessor, and every exponential twice. The gain: 4V bytes of bias a row from L2 and another reading of the
+// errors, 2.6 -> 1.4 ms for 32,768 rows of 32,000; with the next row in shared memory (Ahead) 1.2.
 #pragma once
 
 #include <cuda_pipeline.h>
@@ -10,6 +10,7 @@
 #include <climits>
 #include <cmath>
 
+#include "eight_bits.cuh"
 #include "logit_rows.cuh"
 
 namespace neurogen::cuda {
@@ -55,9 +56,10 @@ __device__ inline void unpack_again(const uint4& raw, float (&x)[kPiece]) {
 // sum, once for the errors: kept as floats they would leave no register for the sums of columns. As soon as a piece has
 // been turned into errors, the next row's takes its registers, and has the rest of this row to arrive.
 // Ahead: the next row waits in shared memory meanwhile, where it has had a whole row's time to arrive.
+// Eight: errors go to p.bytes.
 // part[block, v]: column sums of the block's errors before they are rounded, since the first chunk (go_on: not this
 // one). What lies behind a row must be a number: its bias is -inf here, as that of slots without a piece.
-template <int Threads, bool Ahead>
+template <int Threads, bool Ahead, bool Eight>
 __global__ void __launch_bounds__(Threads, kWalkThreads / Threads)
     walk_rows_kernel(bf16* logits, int64_t rows, bool go_on, float* part, ScoreJob p) {
   constexpr int kNext = Threads * kPiece;  // from a thread's piece to its next
@@ -69,6 +71,7 @@ __global__ void __launch_bounds__(Threads, kWalkThreads / Threads)
   uint4* const waiting = reinterpret_cast<uint4*>(high + kSlots * Threads);    // this thread's pieces
   const int live = (static_cast<int>(p.ld) - begin + kNext - kPiece) / kNext;  // slots with a piece
   const int64_t leap = gridDim.x * p.ld;
+  const float up = Eight ? *p.up : 1.0f;
 
   bf16* at = logits + blockIdx.x * p.ld + begin;  // this thread's first piece
   uint4 raw[kSlots] = {};
@@ -168,11 +171,18 @@ __global__ void __launch_bounds__(Threads, kWalkThreads / Threads)
       if (k < coming) raw[k] = *reinterpret_cast<const uint4*>(at + leap + k * kNext);
     };
     const float scale = weight * share;
+    uint2* const bytes = Eight ? reinterpret_cast<uint2*>(p.bytes + row * p.ld + begin) : nullptr;
     if (!p.want_gradient || scale == 0.0f) {
 #pragma unroll
       for (int k = 0; k < kSlots; ++k) {
         // A row without weight gets exact zeros, whatever its logits are.
-        if (p.want_gradient && k < live) *reinterpret_cast<uint4*>(at + k * kNext) = {};
+        if (p.want_gradient && k < live) {
+          if (Eight) {
+            bytes[k * Threads] = {};
+          } else {
+            *reinterpret_cast<uint4*>(at + k * kNext) = {};
+          }
+        }
         bring(k);
       }
       continue;
@@ -190,8 +200,13 @@ __global__ void __launch_bounds__(Threads, kWalkThreads / Threads)
         for (int j = 0; j < kPiece; ++j) e[j] -= hit == j ? scale : 0.0f;
       }
       for (int j = 0; j < kPiece; ++j) sums[k][j] += e[j];
-      const uint4 errors = pack_piece(e);  // not where the store is, which would make a branch of it
-      if (k < live) *reinterpret_cast<uint4*>(at + k * kNext) = errors;
+      if (Eight) {
+        const uint2 errors = {bytes_of(e, up, __NV_E5M2), bytes_of(e + 4, up, __NV_E5M2)};
+        if (k < live) bytes[k * Threads] = errors;
+      } else {
+        const uint4 errors = pack_piece(e);  // not where the store is, which would make a branch of it
+        if (k < live) *reinterpret_cast<uint4*>(at + k * kNext) = errors;
+      }
       bring(k);
     }
   }
@@ -217,11 +232,16 @@ inline size_t walk_bytes(int threads, bool ahead) {
 }
 
 // The kernel for blocks of so many threads, ready to be launched.
-inline auto walk_kernel(int threads, bool ahead) {
-  const auto kernel = threads == 512   ? ahead ? walk_rows_kernel<512, true> : walk_rows_kernel<512, false>
-                      : threads == 256 ? ahead ? walk_rows_kernel<256, true> : walk_rows_kernel<256, false>
-                      : ahead          ? walk_rows_kernel<128, true>
-                                       : walk_rows_kernel<128, false>;
+template <bool Ahead, bool Eight>
+auto walk_kernel_of(int threads) {
+  return threads == 512   ? walk_rows_kernel<512, Ahead, Eight>
+         : threads == 256 ? walk_rows_kernel<256, Ahead, Eight>
+                          : walk_rows_kernel<128, Ahead, Eight>;
+}
+inline auto walk_kernel(int threads, bool ahead, bool eight) {
+  const auto kernel = ahead   ? eight ? walk_kernel_of<true, true>(threads) : walk_kernel_of<true, false>(threads)
+                      : eight ? walk_kernel_of<false, true>(threads)
+                              : walk_kernel_of<false, false>(threads);
   const int bytes = static_cast<int>(walk_bytes(threads, ahead));
   NG_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   return kernel;

@@ -38,11 +38,13 @@ from neurogen_cy.gpu_watch import DeviceClock
 
 SIZES = {
     "cuda": {
-        "preset": "base", "generation": (1, 64), "new_tokens": 512, "decoder": ((128, 64), (512, 64)),
-        "steps": ("base:1:500", "base:16:512", "base:64:512", "base:256:512", "small:128:128", "large:1:512"),
+        "preset": "base", "generation": (1, 64), "new_tokens": 512,
+        "decoder": ((128, 64, None), (512, 64, None), (512, 64, "fp8")),
+        "steps": ("base:1:500", "base:16:512", "base:64:512", "base:256:512", "small:128:128", "large:1:512",
+                  "base:64:512:fp8", "base:256:512:fp8"),
     },
     "cpu": {
-        "preset": "tiny", "generation": (1, 4), "new_tokens": 64, "decoder": ((4, 32),), "steps": ("tiny:4:32",),
+        "preset": "tiny", "generation": (1, 4), "new_tokens": 64, "decoder": ((4, 32, None),), "steps": ("tiny:4:32",),
     },
 }  # fmt: skip
 WITHOUT_KERNELS = {"cpu": "the model runs on the CPU"}
@@ -73,11 +75,11 @@ class Bench:
             self.sizes["steps"] = args.steps
         self.clock.reason = WITHOUT_KERNELS.get(self.name)
 
-    def model(self, cfg, B, T):
+    def model(self, cfg, B, T, precision=None):
         gc.collect()
         if cfg not in self.drawn:
             self.drawn[cfg] = initial_parameters(cfg, 0)
-        return ng.NeuroGen(cfg, self.name, streams=B, max_tokens=T, _parameters=self.drawn[cfg])
+        return ng.NeuroGen(cfg, self.name, streams=B, max_tokens=T, precision=precision, _parameters=self.drawn[cfg])
 
     def traces(self, call):
         """What the device did in each of some calls; [] where that cannot be seen, for `clock.reason`."""
@@ -118,12 +120,13 @@ class Bench:
             (ng.Projection("embedding", "broca", density=BLOCK / preset.dim), ng.Projection("broca", "broca_out")),
         )  # fmt: skip
         with Peers(["decoder"], self.name, self.args.peer_seconds) as peers:
-            for B, T in self.sizes["decoder"]:
+            for B, T, precision in self.sizes["decoder"]:
                 peers.build(vocab=cfg.vocab_size, dim=cfg.dim, B=B, T=T)
-                yield {"M": B * T, "V": cfg.vocab_size, "D": cfg.dim, **self.decode(cfg, B, T, peers)}
+                yield {"M": B * T, "V": cfg.vocab_size, "D": cfg.dim, **self.decode(cfg, B, T, precision, peers)}
 
-    def decode(self, cfg, B, T, peers):
-        work, data, model = decoder_flops(cfg, B * T), common.batches(cfg.vocab_size, B, T), self.model(cfg, B, T)
+    def decode(self, cfg, B, T, precision, peers):
+        work, data = decoder_flops(cfg, B * T), common.batches(cfg.vocab_size, B, T)
+        model = self.model(cfg, B, T, precision)
 
         def call(ids=data[0][0], targets=data[0][1]):
             return model.backward_batch(ids, targets).loss
@@ -154,19 +157,19 @@ class Bench:
     def steps(self):
         """A row for each size."""
         for spec in self.sizes["steps"]:
-            preset, B, T = spec.split(":")
+            preset, B, T, precision = (*spec.split(":"), None)[:4]
             size = {"preset": preset, "B": int(B), "T": int(T)}
             try:
-                found = self.step(**size)
+                found = self.step(**size, precision=precision)
             except (MemoryError, RuntimeError) as error:
                 found = {"error": common.first_line(error)}
             yield {**size, **found}
 
-    def step(self, preset, B, T):
+    def step(self, preset, B, T, precision):
         if self.clock.reason is not None:
             return {"error": f"no kernels: {self.clock.reason}"}
         cfg = ng.Config.preset(preset)
-        data, model = common.batches(cfg.vocab_size, B, T), self.model(cfg, B, T)
+        data, model = common.batches(cfg.vocab_size, B, T), self.model(cfg, B, T, precision)
 
         def call(ids=data[0][0], targets=data[0][1]):
             return model.train_step_batch(ids, targets).loss
@@ -199,7 +202,8 @@ def say(part, row):
         lines += [f"    {peer['peer']}: " + (peer.get("error") or f"{peer['tflops']['median']:.3g}")
                   for peer in row["peers"]]  # fmt: skip
         return "\n".join(lines)
-    lines = [f"step {row['preset']} {row['B']} x {row['T']}: kernels {row['device_ms']['median']:.3f} ms of "
+    lines = [f"step {row['preset']} {row['B']} x {row['T']} {row['precision']}: kernels "
+             f"{row['device_ms']['median']:.3f} ms of "
              f"{row['span_ms']['median']:.3f}, {row['us_tick']['median']:.2f} us a tick"]  # fmt: skip
     lines += [f"    {kernel['ms']:9.4f} ms {100 * kernel['share']:5.1f} % {kernel['launches']:5}  {kernel['name']}"
               for kernel in row["kernels"][:12]]  # fmt: skip
@@ -210,7 +214,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--steps", nargs="+", metavar="PRESET:B:T", help="instead of the backend's own sizes")
+    parser.add_argument("--steps", nargs="+", metavar="PRESET:B:T[:PRECISION]", help="not the backend's own sizes")
     parser.add_argument("--peer-seconds", type=float, default=60.0, help="that a peer may be silent")
     parser.add_argument("--seconds", type=float, default=math.inf, help="no row begins later")
     args = parser.parse_args(argv)

@@ -141,11 +141,12 @@ def decoder():
     body = []
     for row in rows:
         peers = {peer["peer"]: peer.get("tflops") for peer in row["peers"]}
-        body.append([f"{row['M']:,}", span(row["tflops"], ".0f") if row["tflops"] else "", span(row["at_least"], ".0f"),
+        body.append([f"{row['M']:,}", row["precision"], span(row["tflops"], ".0f") if row["tflops"] else "",
+                     span(row["at_least"], ".0f"),
                      *(span(peers[name], ".0f") if peers.get(name) else "" for name in names)])  # fmt: skip
-    head = ["rows M", "its kernels, TFLOP/s", "whole call, TFLOP/s", *names]
+    head = ["rows M", "precision", "its kernels, TFLOP/s", "whole call, TFLOP/s", *names]
     return table(head, body) + (
-        f"\n\nV = {rows[0]['V']:,}, D = {rows[0]['D']:,}, {rows[0]['precision']}, 6 M V D FLOP; {data['gpu']}, commit "
+        f"\n\nV = {rows[0]['V']:,}, D = {rows[0]['D']:,}, 6 M V D FLOP; {data['gpu']}, commit "
         f"{rows[0]['commit']}; median (smallest to largest)."
     )
 
@@ -154,11 +155,11 @@ def ticks():
     """The brain's time a tick, and the decoder inside the step."""
     data, rows = kernels("steps")
     body = [
-        [f"`{row['preset']}`", f"{row['B']} x {row['T']}", f"{row['brain_ms']['median']:.3f}",
+        [f"`{row['preset']}`", row["precision"], f"{row['B']} x {row['T']}", f"{row['brain_ms']['median']:.3f}",
          span(row["us_tick"], ".2f"), span(row["decoder_tflops"], ".0f"), f"{row['device_ms']['median']:.2f}",
          f"{row['span_ms']['median']:.2f}"] for row in rows
     ]  # fmt: skip
-    head = ["preset", "streams x tokens", "brain, ms", "us a tick", "decoder, TFLOP/s", "kernels, ms",
+    head = ["preset", "precision", "streams x tokens", "brain, ms", "us a tick", "decoder, TFLOP/s", "kernels, ms",
             "first to last, ms"]  # fmt: skip
     return table(head, body) + f"\n\nOf one warm train step under CUPTI; {data['gpu']}, commit {rows[0]['commit']}."
 
@@ -171,7 +172,8 @@ def step_kernels(least=0.01):
         rest = sum(kernel["ms"] for kernel in row["kernels"]) - sum(kernel["ms"] for kernel in some)
         body = [[f"`{k['name']}`", str(k["launches"]), f"{k['ms']:.3f}", f"{100 * k['share']:.1f}"] for k in some]
         body.append(["the rest", "", f"{rest:.3f}", ""])
-        out.append(table([f"`{row['preset']}`, {row['B']} x {row['T']}", "launches", "ms", "%"], body))
+        size = f"`{row['preset']}`, {row['precision']}, {row['B']} x {row['T']}"
+        out.append(table([size, "launches", "ms", "%"], body))
     return "\n\n".join(out)
 
 

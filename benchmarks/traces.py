@@ -11,7 +11,9 @@ from neurogen_cy.gpu_watch import is_copy
 
 BRAIN = re.compile("run_(brain|register|wide|dense)_kernel")
 OWN = "neurogen"  # the namespace of our kernels; the others are the library's products, which only the decoder has
-DECODER = re.compile(r"score_rows|walk_rows|sum_columns|add_slices|logit|softmax|cross_entropy|decoder")
+DECODER = re.compile(
+    r"score_rows|walk_rows|sum_columns|add_slices|turn_kernel|find_top|choose_scales|logit|softmax|cross_entropy|decoder"
+)
 
 
 def short(name):

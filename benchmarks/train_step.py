@@ -1,6 +1,6 @@
 """Whole training steps on the GPU, beside those of other libraries in the same run.
 
-    python benchmarks/train_step.py [--more] [--rows PRESET:B:T ...] [--peers [lstm] [compiled] [alif]]
+    python benchmarks/train_step.py [--more] [--rows PRESET:B:T[:PRECISION] ...] [--peers [lstm] [compiled] [alif]]
 
 Ours is one `train_step_batch`: token ids from the host, forward, loss, e-prop, gradient clipping, AdamW, and the wait
 for the loss. The peers (peers.py) are as wide as the preset's embedding (1536 for `base`), with an embedding, a linear
@@ -8,8 +8,9 @@ decoder and cross-entropy, trained by full backpropagation through time: torch.n
 clipping, once more without the optimizer, and so with its loss compiled; and a scan of adaptive spiking neurons in JAX,
 bf16, without an optimizer. Token ids come from the host there too, and a step ends with the wait for the loss. Times
 are of the wall clock around one step, compiled and warmed up, in alternating rounds. Token ids are random: no side does
-less work for likelier ones, but every step meets about as many different tokens as it can. The record is written after
-every row; what could not be measured is a row with an `error`.
+less work for likelier ones, but every step meets about as many different tokens as it can. A row that names a precision
+is measured without peers: they are those of the row of that size before it. The record is written after every row; what
+could not be measured is a row with an `error`.
 """
 
 import argparse
@@ -21,8 +22,8 @@ from peers import WARM_STEPS, Failed, Peers
 
 import neurogen_cy as ng
 
-ROWS = ("base:1:500", "base:64:512")
-MORE = ("base:16:512", "base:256:512", "small:128:128", "large:1:512")
+ROWS = ("base:1:500", "base:64:512", "base:64:512:fp8")
+MORE = ("base:16:512", "base:256:512", "base:256:512:fp8", "small:128:128", "large:1:512")
 PEERS = ("lstm", "compiled", "alif")
 PEER_OF = "base"  # the preset whose sizes the peers share
 ROUND_SECONDS = 0.25
@@ -46,14 +47,14 @@ def rounds(steps, args):
     return {name: found for name, found in times.items() if name not in errors}, errors
 
 
-def measure(preset, B, T, args, peers):
+def measure(preset, B, T, precision, args, peers):
     """Rows of one size: ours, then the peers'."""
     cfg = ng.Config.preset(preset)
-    beside = preset == args.peer_of
+    beside = preset == args.peer_of and precision is None
     if beside:
         peers.build(vocab=cfg.vocab_size, dim=cfg.dim, B=B, T=T)
     try:
-        model = ng.NeuroGen(cfg, backend=args.backend, streams=B, max_tokens=T, precision=args.precision)
+        model = ng.NeuroGen(cfg, backend=args.backend, streams=B, max_tokens=T, precision=precision or args.precision)
         data = common.batches(cfg.vocab_size, B, T)
     finally:
         names, errors = peers.ready() if beside else ([], {})
@@ -80,12 +81,12 @@ def measure(preset, B, T, args, peers):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), metavar="PRESET:B:T")
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), metavar="PRESET:B:T[:PRECISION]")
     parser.add_argument("--more", action="store_true", help=f"also {' '.join(MORE)}")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--round-seconds", type=float, default=ROUND_SECONDS)
     parser.add_argument("--backend", default="cuda", choices=("cpu", "cuda"))
-    parser.add_argument("--precision", help="bf16 (a GPU's default) or fp32")
+    parser.add_argument("--precision", help="bf16 (a GPU's default), fp32 or fp8, of rows that name none")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS, help="all of them unless said")
     parser.add_argument("--peer-of", default=PEER_OF, help="preset beside which the peers run")
     parser.add_argument("--peer-seconds", type=float, default=PEER_SECONDS, help="that a peer may be silent")
@@ -95,9 +96,9 @@ def main(argv=None):
     name = "train_step" if args.backend == "cuda" else f"train_step_{args.backend}"
     with Peers(args.peers, args.backend, args.peer_seconds) as peers:
         for number, spec in enumerate(specs):
-            preset, B, T = spec.split(":")
+            preset, B, T, precision = (*spec.split(":"), None)[:4]
             try:
-                record["rows"] += measure(preset, int(B), int(T), args, peers)
+                record["rows"] += measure(preset, int(B), int(T), precision, args, peers)
             except (MemoryError, RuntimeError) as error:  # of this size: the others still count
                 record["refused"].append(spec)
                 print(f"{spec}: {common.first_line(error)}", flush=True)

@@ -148,6 +148,7 @@ def test_picture_of_growth(monkeypatch, tmp_path):
         (f"{CUDA}score_rows_kernel<__nv_bfloat16>(__nv_bfloat16*, neurogen::cuda::ScoreJob)", "score_rows_kernel", 1),
         ("_ZN8neurogen4cuda12_GLOBAL__N_117score_rows_kernelI13__nv_bfloat16EEvPT_", "score_rows_kernel", 1),
         (f"{CUDA}run_brain_kernel<neurogen::cuda::Shape<1, 2> >(neurogen::cuda::Job)", "run_brain_kernel", 0),
+        (f"{CUDA}turn_kernel<unsigned char>(neurogen::cuda::TurnJob<unsigned char>)", "turn_kernel", 1),
         ("neurogen::cuda::commit_kernel(int)", "commit_kernel", 0),
         ("nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_NNT", "nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_NNT", 1),
         ("void cutlass::Kernel2<cutlass_80_wmma>(cutlass::Params)", "cutlass::Kernel2", 1),
@@ -187,7 +188,7 @@ class Clock:
         return TRACE
 
 
-SMALL = {"preset": "tiny", "generation": (1, 2), "new_tokens": 40, "decoder": ((2, 8),), "steps": ("tiny:2:8",)}
+SMALL = {"preset": "tiny", "generation": (1, 2), "new_tokens": 40, "decoder": ((2, 8, None),), "steps": ("tiny:2:8",)}
 
 
 def test_kernels_on_the_cpu(monkeypatch):
@@ -238,7 +239,7 @@ def test_kernels_by_the_clock(monkeypatch):
     assert row["ticks"] == 8 + 6 - 1 and row["us_tick"]["median"] == pytest.approx(10_000 / 13)
     assert row["device_ms"]["median"] == pytest.approx(27) and row["span_ms"]["median"] == pytest.approx(30)
     common.write("kernels", {**record, "gpu": "a GPU", "generation": [{"error": "none"}]})
-    assert "| 16 | 0 (0 to 0) |" in tables.decoder() and "| 10.000 | 769.23 (769.23 to 769.23) |" in tables.ticks()
+    assert "| 16 | fp32 | 0 (0 to 0) |" in tables.decoder() and "| 10.000 | 769.23 (769.23 to 769.23) |" in tables.ticks()
     assert "| `run_brain_kernel` | 1 | 10.000 | 34.5 |" in tables.step_kernels()
     with pytest.raises(FileNotFoundError, match="no generation in kernels.json"):
         tables.generation()

@@ -14,7 +14,7 @@ from neurogen_cy import cublas
 
 BACKEND = "cuda"
 PRECISIONS = ("bf16", "fp32", "fp8")  # the default first
-TOKENS_AHEAD = 32  # the device draws so many before the host looks
+TOKENS_AHEAD = 64  # the device draws so many before the host looks
 
 cdef enum:
     ON_DEVICE = 1

@@ -58,26 +58,37 @@ __global__ void __launch_bounds__(kTurnThreads) turn_kernel(TurnJob<From> p) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int first_row = blockIdx.y * kTurn, first_column = blockIdx.x * kTurn;
   const float up = *p.up;
+  // Step by step 16 rows x 32 columns a warp. All is asked for before anything is stored: a store between two loads,
+  // which might be to the same place, makes the second wait.
+  const int first_quad = warp * 4 + lane / 8, first_word = lane % 8;
+  uint32_t words[4][4];
 #pragma unroll
-  for (int step = 0; step < 4; ++step) {  // of 16 rows x 32 columns a warp
-    const int quad = warp * 4 + lane / 8, word = step * 8 + lane % 8;
-    const int column = first_column + 4 * word;
-    uint32_t row_of[4];
+  for (int step = 0; step < 4; ++step) {
+    const int column = first_column + 4 * (first_word + step * 8);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int row = first_row + 4 * quad + i;
+      const int row = first_row + 4 * first_quad + i;
       const bool inside = row < p.rows && column < p.columns;
-      row_of[i] = inside ? bytes_of(p.from + row * p.from_ld + column, up, p.format) : 0;
+      words[step][i] = inside ? bytes_of(p.from + row * p.from_ld + column, up, p.format) : 0;
+    }
+  }
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    const int word = first_word + step * 8, column = first_column + 4 * word;
+    const uint32_t (&row_of)[4] = words[step];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = first_row + 4 * first_quad + i;
       if (row < p.straight_rows && column < p.straight_ld) {
         *reinterpret_cast<uint32_t*>(p.straight + row * p.straight_ld + column) = row_of[i];
       }
     }
     const uint32_t a = __byte_perm(row_of[0], row_of[1], 0x5140), b = __byte_perm(row_of[2], row_of[3], 0x5140);
     const uint32_t c = __byte_perm(row_of[0], row_of[1], 0x7362), d = __byte_perm(row_of[2], row_of[3], 0x7362);
-    tile[4 * word][quad] = __byte_perm(a, b, 0x5410);
-    tile[4 * word + 1][quad] = __byte_perm(a, b, 0x7632);
-    tile[4 * word + 2][quad] = __byte_perm(c, d, 0x5410);
-    tile[4 * word + 3][quad] = __byte_perm(c, d, 0x7632);
+    tile[4 * word][first_quad] = __byte_perm(a, b, 0x5410);
+    tile[4 * word + 1][first_quad] = __byte_perm(a, b, 0x7632);
+    tile[4 * word + 2][first_quad] = __byte_perm(c, d, 0x5410);
+    tile[4 * word + 3][first_quad] = __byte_perm(c, d, 0x7632);
   }
   __syncthreads();
   const int row = first_row + 4 * lane;

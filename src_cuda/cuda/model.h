@@ -60,7 +60,7 @@ constexpr int kSpareRows = 16;        // before and behind every panel: readable
 constexpr int kNormBlocks = 1056;     // blocks that share the gradient's norm: fixed, so that its bits are
 constexpr int kSegmentRows = 32;      // sorted rows that a block of threads adds up (embedding.cu)
 constexpr int kTokensAtOnce = 8;      // of generation that one launch of a graph makes, where so many are wanted
-constexpr int kTokensKept = 32;       // ... that drawn_ has room for at least, before the host waits
+constexpr int kTokensKept = 64;       // ... that drawn_ has room for at least, before the host waits
 constexpr size_t kBlasWorkspace = size_t{32} << 20;
 
 // An untied embedding, rows of which without a gradient are left alone.

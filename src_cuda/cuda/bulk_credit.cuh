@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(Warps * 32, kBulkResident)
   const float* const constant = held_shared(constants[0] + receiver);
   uint64_t* const barriers = held_shared(full);
 
-  CreditCells cells[Groups] = {};
+  CreditCells<2> cells[Groups] = {};
   int stage = 0, in = 0, turn = warp;
   unsigned round = 0;
 #pragma unroll 1

@@ -1,6 +1,6 @@
 // What a token of a walk with credit computes (credit.cuh, bulk_credit.cuh): the learning signal L of eight streams of
 // a tile, as a product left it, becomes their errors. In the layout of block_product.cuh: a lane has four neighbouring
-// neurons of two streams. Both kernels compute a cell here, so that their bits are the same.
+// neurons of two streams (or of one: Columns). Both kernels compute a cell here, so that their bits are the same.
 #pragma once
 
 #include "adjoint.cuh"
@@ -61,19 +61,21 @@ __device__ inline T* held_shared(T* x) {
 }
 
 // What dropout silenced gets no credit. stream[c]: those of the lane.
+template <int Columns>
 __device__ inline void silence(Sums& signal, const Dropout& dropout, int region, int neuron, int token,
-                               const int (&stream)[2]) {
+                               const int (&stream)[Columns]) {
   float (&x)[4][2] = signal.x;
 #pragma unroll
-  for (int c = 0; c < 2; ++c) {
+  for (int c = 0; c < Columns; ++c) {
     const float4 mask = dropout_mask(dropout, region, neuron, token, stream[c]);
     x[0][c] *= mask.x, x[1][c] *= mask.y, x[2][c] *= mask.z, x[3][c] *= mask.w;
   }
 }
 
 // What a lane carries from token to token.
+template <int Columns>
 struct CreditCells {
-  float lv[2][4], lw[2][4], dbias[2][4];
+  float lv[Columns][4], lw[Columns][4], dbias[Columns][4];
 };
 
 enum OwnSlot { kMembrane, kDrive, kGate };
@@ -97,14 +99,14 @@ __device__ inline OwnPanels own_panels(const RegionView& region, int offset) {
 // One token. stored(slot, c, values) gives what the forward pass left, store(to, c, values) takes the errors: dE/dI to
 // delta, dE/dd where the gate was, dE/dg where the drive was. constants: those of the lane's first neuron. cut[c]:
 // nothing flows to the token before.
-template <bool Resets, class Stored, class Store>
+template <bool Resets, int Columns, class Stored, class Store>
 __device__ inline void step_cells(const Scan& p, const float* constants, const OwnPanels& own, const Sums& signal,
-                                  const bool (&cut)[2], CreditCells& cells, Stored stored, Store store) {
-  float constant[7][4], errors[2][4];
+                                  const bool (&cut)[Columns], CreditCells<Columns>& cells, Stored stored, Store store) {
+  float constant[7][4], errors[Columns][4];
 #pragma unroll
   for (int k = 0; k < 7; ++k) spread(load4(constants + k * kBlock), constant[k]);
 #pragma unroll
-  for (int c = 0; c < 2; ++c) {
+  for (int c = 0; c < Columns; ++c) {
     float (&lv)[4] = cells.lv[c], (&lw)[4] = cells.lw[c];
     float membrane[4];
     stored(kMembrane, c, membrane);
@@ -118,11 +120,11 @@ __device__ inline void step_cells(const Scan& p, const float* constants, const O
   }
   if (own.keep_delta) {
 #pragma unroll
-    for (int c = 0; c < 2; ++c) store(own.delta, c, errors[c]);
+    for (int c = 0; c < Columns; ++c) store(own.delta, c, errors[c]);
   }
   if (own.gated) {
 #pragma unroll
-    for (int c = 0; c < 2; ++c) {
+    for (int c = 0; c < Columns; ++c) {
       float drive[4], gate[4], gate_errors[4];
       stored(kDrive, c, drive);
       stored(kGate, c, gate);
@@ -136,7 +138,7 @@ __device__ inline void step_cells(const Scan& p, const float* constants, const O
     }
   }
 #pragma unroll
-  for (int c = 0; c < 2; ++c) {
+  for (int c = 0; c < Columns; ++c) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) cells.dbias[c][j] += errors[c][j];
   }

@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kCreditWarps * 32, Together == 1 ? kCrowded : 
       if (last - i < 0) break;
       const int from = (last - i) * step + first_stream * kBlock + piece * 8;
       uint4* const to = ring + (stage * Together + i) * token_pieces;
-#pragma unroll 1
+#pragma unroll Together == 1 ? 1 : 4
       for (int slot = lane / kPieces; slot < slots; slot += kSlots) {
         const int place = slot < own_slots ? put : piece;
         __pipeline_memcpy_async(to + slot * kPieces + place, sources[slot] + from, sizeof(uint4));

@@ -234,14 +234,14 @@ void CudaModel::score(bool want_gradient, bool accumulate) {
   const int64_t pieces = logit_ld_ / kPiece;
   const int held = pieces <= kThreads ? 1 : kHeld;
   const int threads = static_cast<int>(std::min<int64_t>(divide_up<int64_t>(pieces, 32 * held) * 32, kMaxThreads));
-  const bool eight = spec_.fp8 && want_gradient;
   const int walkers = walk_threads();
-  const bool walk = walkers > 0 && walk_bytes(walkers, false, eight) + kWalkRoom <= shared_limit_;
-  const bool ahead = walk && (walk_bytes(walkers, true, eight) + kWalkRoom) * (kWalkThreads / walkers) <= shared_limit_;
+  const bool walk = walkers > 0 && walk_bytes(walkers, false) + kWalkRoom <= shared_limit_;
+  const bool ahead = walk && (walk_bytes(walkers, true) + kWalkRoom) * (kWalkThreads / walkers) <= shared_limit_;
   // As many blocks as are resident at a time, and the same ones in every chunk: each goes on with its sums.
   const int64_t walks =
       walk ? std::min({int64_t{std::min(processors_, kMostProcessors)} * (kWalkThreads / walkers), logit_rows_, rows_})
            : 0;
+  const bool eight = spec_.fp8 && want_gradient;
   const auto walk_rows = walk ? walk_kernel(walkers, ahead, eight) : nullptr;
   const auto add_slices = [&](int64_t slices, bool add) {
     add_slices_kernel<<<static_cast<unsigned>(divide_up<int64_t>(vocab, 32)), 1024, 0, stream_.get()>>>(
@@ -278,7 +278,7 @@ void CudaModel::score(bool want_gradient, bool accumulate) {
           NG_CUDA(cudaMemset2DAsync(logits + vocab, logit_ld_ * sizeof(Real), 0, (logit_ld_ - vocab) * sizeof(Real),
                                     rows, stream_.get()));
         }
-        walk_rows<<<static_cast<unsigned>(walks), walkers, walk_bytes(walkers, ahead, eight), stream_.get()>>>(
+        walk_rows<<<static_cast<unsigned>(walks), walkers, walk_bytes(walkers, ahead), stream_.get()>>>(
             static_cast<bf16*>(logits_), rows, want_gradient && first > 0, bias_part_, job);
       } else {
         const auto kernel = held == 1 ? score_rows_kernel<Real, 1> : score_rows_kernel<Real, kHeld>;

@@ -56,22 +56,19 @@ __device__ inline void unpack_again(const uint4& raw, float (&x)[kPiece]) {
 // sum, once for the errors: kept as floats they would leave no register for the sums of columns. As soon as a piece has
 // been turned into errors, the next row's takes its registers, and has the rest of this row to arrive.
 // Ahead: the next row waits in shared memory meanwhile, where it has had a whole row's time to arrive.
-// Eight: errors go to p.bytes. They are so coarse that a thread keeps its exponentials, over the base it knew then, as
-// bf16 in place of the logits, and computes them once.
+// Eight: errors go to p.bytes.
 // part[block, v]: column sums of the block's errors before they are rounded, since the first chunk (go_on: not this
 // one). What lies behind a row must be a number: its bias is -inf here, as that of slots without a piece.
 template <int Threads, bool Ahead, bool Eight>
 __global__ void __launch_bounds__(Threads, kWalkThreads / Threads)
     walk_rows_kernel(bf16* logits, int64_t rows, bool go_on, float* part, ScoreJob p) {
   constexpr int kNext = Threads * kPiece;  // from a thread's piece to its next
-  extern __shared__ float4 biases[];  // two halves [kSlots, Threads]: neighbours read neighbouring banks; Ahead: a row;
-                                      // Eight: a float a piece
+  extern __shared__ float4 biases[];  // two halves [kSlots, Threads]: neighbours read neighbouring banks; Ahead: a row
   __shared__ Softmax room[2][32];     // by turns, so that one barrier a row is enough
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, begin = threadIdx.x * kPiece;
   float4* const low = biases + threadIdx.x;
   float4* const high = low + kSlots * Threads;
-  uint4* const waiting = reinterpret_cast<uint4*>(high + kSlots * Threads);  // this thread's pieces
-  float* const base_then = reinterpret_cast<float*>(biases + (2 + Ahead) * kSlots * Threads) + threadIdx.x;
+  uint4* const waiting = reinterpret_cast<uint4*>(high + kSlots * Threads);    // this thread's pieces
   const int live = (static_cast<int>(p.ld) - begin + kNext - kPiece) / kNext;  // slots with a piece
   const int64_t leap = gridDim.x * p.ld;
   const float up = Eight ? *p.up : 1.0f;
@@ -140,11 +137,7 @@ __global__ void __launch_bounds__(Threads, kWalkThreads / Threads)
       if (most > own.top) own.top = most, own.first = begin + k * kNext;
       base = base_of(own.top);
       own.sum *= fast_exp2(before - base);
-      for (int j = 0; j < kPiece; ++j) {
-        z[j] = fast_exp2(fmaf(z[j], kLog2E, -base));
-        own.sum += z[j];
-      }
-      if (Eight) raw[k] = pack_piece(z), base_then[k * Threads] = base;
+      for (int j = 0; j < kPiece; ++j) own.sum += fast_exp2(fmaf(z[j], kLog2E, -base));
     }
     const Softmax of_warp = merge(own);
     if (lane == 0) room[turn][warp] = of_warp;
@@ -160,7 +153,6 @@ __global__ void __launch_bounds__(Threads, kWalkThreads / Threads)
       for (int k = 1; k < kSlots; ++k) {
         if (own.first == begin + k * kNext) words = raw[k], slot = k;
       }
-      if (Eight) words = *reinterpret_cast<const uint4*>(at + (own.first - begin));
       float z[kPiece];
       unpack(words, z);
       with_bias(z, slot, z);
@@ -200,15 +192,9 @@ __global__ void __launch_bounds__(Threads, kWalkThreads / Threads)
 #pragma unroll
     for (int k = 0; k < kSlots; ++k) {
       float e[kPiece];
-      if (Eight) {
-        unpack(raw[k], e);
-        const float by = fast_exp2(base_then[k * Threads] - base) * factor;
-        for (int j = 0; j < kPiece; ++j) e[j] *= by;
-      } else {
-        unpack_again(raw[k], e);
-        with_bias(e, k, e);
-        for (int j = 0; j < kPiece; ++j) e[j] = fast_exp2(fmaf(e[j], kLog2E, -base)) * factor;
-      }
+      unpack_again(raw[k], e);
+      with_bias(e, k, e);
+      for (int j = 0; j < kPiece; ++j) e[j] = fast_exp2(fmaf(e[j], kLog2E, -base)) * factor;
       const int hit = ahead - k * kNext;
       if (0 <= hit && hit < kPiece) {
         for (int j = 0; j < kPiece; ++j) e[j] -= hit == j ? scale : 0.0f;
@@ -241,9 +227,8 @@ inline int threads_to_walk(int64_t ld) {
 }
 
 // Of dynamic memory.
-inline size_t walk_bytes(int threads, bool ahead, bool eight) {
-  const size_t of_piece = 2 * sizeof(float4) + (ahead ? sizeof(uint4) : 0) + (eight ? sizeof(float) : 0);
-  return kSlots * threads * of_piece;
+inline size_t walk_bytes(int threads, bool ahead) {
+  return size_t{2} * kSlots * threads * sizeof(float4) + (ahead ? kSlots * threads * sizeof(uint4) : 0);
 }
 
 // The kernel for blocks of so many threads, ready to be launched.
@@ -257,7 +242,7 @@ inline auto walk_kernel(int threads, bool ahead, bool eight) {
   const auto kernel = ahead   ? eight ? walk_kernel_of<true, true>(threads) : walk_kernel_of<true, false>(threads)
                       : eight ? walk_kernel_of<false, true>(threads)
                               : walk_kernel_of<false, false>(threads);
-  const int bytes = static_cast<int>(walk_bytes(threads, ahead, eight));
+  const int bytes = static_cast<int>(walk_bytes(threads, ahead));
   NG_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   return kernel;
 }

@@ -47,7 +47,7 @@ def backend_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all cores]"),
         click.option(
             "--precision",
-            type=click.Choice(["bf16", "fp32"]),
+            type=click.Choice(["bf16", "fp32", "fp8"]),
             help="Of products.  [default: bf16 on the GPU, fp32 on the CPU]",
         ),
         click.option(

@@ -51,9 +51,11 @@ class NeuroGen:
         Largest T of one call.
     seed : int in 0..2**64-1
         Draws the initial values, keys dropout, and is the default of sampling.
-    precision : {None, "bf16", "fp32"}
-        Of products: of bfloat16 values, summed in float32 (CUDA only, and its default), or of float32. Weights,
-        moments and neuron state are float32 either way.
+    precision : {None, "bf16", "fp32", "fp8"}
+        Of products: of bfloat16 values, summed in float32 (CUDA only, and its default), or of float32. "fp8" is bf16
+        but for the vocabulary decoder where a call learns: there activations and weights are e4m3 and the errors of
+        logits e5m2, numbers of 8 bits, each array with one scale (CUDA, compute capability 8.9 or newer; for large
+        batches). Weights, moments and neuron state are float32 always.
     threads : int or None
         CPU threads; None = every core this process may use.
     optimizer : AdamW or None

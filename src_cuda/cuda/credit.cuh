@@ -5,7 +5,8 @@
 // the blocks are multiplied with) passes through a ring of the warp's own there, some tokens ahead.
 // Where the GPU has room for twice the warps, a warp takes four streams, and a lane one: every other column of a
 // product is the same as the one before and is thrown away, but a token is half the cells, and it is their chain of
-// instructions that a lonely warp waits for.
+// instructions that a lonely warp waits for: `base`, two small levels of 64 x 512 0.91 -> 0.75 ms, all six of 16 x 512
+// 2.5 -> 2.2.
 // bf16 only, and for tiles whose blocks fit: else multiply_blocks brings L and scan_adjoint_kernel walks (backward.cu).
 #pragma once
 

@@ -4,6 +4,9 @@
 //
 // The tensor core multiplies 8-bit operands only where the summed index runs fastest in both. The three products sum
 // over three different indices, so every operand is kept twice, as it is and turned.
+//
+// Cost: errors of logits are off by 2^-4 in the mean, W and broca by 2^-5; two bytes a logit more memory. The gain, on
+// an H200: base, 64 x 512: the products 12.2 -> 6.7 ms with 0.75 for turning, the step 33.0 -> 28.0.
 #pragma once
 
 #include <cuda_fp8.h>

@@ -236,7 +236,7 @@ void CudaModel::draw(const float* logits, int64_t rows, int64_t first_row, int32
           logits, spec_.vocab, arguments, first_row, ids, speech);
       return;
     }
-    int blocks = 2;  // st.async is for clusters of several
+    int blocks = 2;  // in a cluster of one, st.async is an error to compute-sanitizer
     while (blocks * kSpreadIds < spec_.vocab) blocks *= 2;
     cudaLaunchAttribute attributes[2] = {{}, early_start()};
     attributes[0].id = cudaLaunchAttributeClusterDimension;

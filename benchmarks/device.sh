@@ -2,13 +2,14 @@
 # Everything that needs a GPU, on a machine that has one: builds in place, tests, checks memory accesses and races,
 # measures.
 #
-#   benchmarks/device.sh [build] [tests] [sanitizer] [train_step] [growth] [kernels] [ladder] [quality]
+#   benchmarks/device.sh [build] [tests] [sanitizer] [train_step] [growth] [kernels] [ladder] [quality] [words]
 #                                                                                             no stage named: all
 #
 # A stage that fails does not stop the next one; a table of what came of each is printed last, and the exit status tells
 # whether all went well. Records go to benchmarks/results, and to the folder $OUT, if set, in records.tar beside the log.
 #   PYTHON           the interpreter (python3)
 #   NEUROGEN_TEXT    the text that stage `quality` learns, and `ladder` (Python's help topics if unset)
+#   NEUROGEN_WORDS   the folder that stage `words` learns: train.txt and valid.txt
 #   NEUROGEN_COMMIT  the commit, where there is no git
 #   TEST_OPTIONS, TRAIN_STEP_OPTIONS, GROWTH_OPTIONS, KERNELS_OPTIONS, LADDER_OPTIONS, QUALITY_OPTIONS
 #                    further options of those stages
@@ -47,8 +48,8 @@ sanitize() {
 }
 
 for name in "${@:-all}"; do
-  case $name in all | build | tests | sanitizer | train_step | growth | kernels | ladder | quality) ;; *)
-    echo "unknown stage $name: expected build, tests, sanitizer, train_step, growth, kernels, ladder or quality" >&2
+  case $name in all | build | tests | sanitizer | train_step | growth | kernels | ladder | quality | words) ;; *)
+    echo "unknown stage $name: expected build, tests, sanitizer, train_step, growth, kernels, ladder, quality or words" >&2
     exit 2
     ;;
   esac
@@ -90,6 +91,9 @@ if wanted quality; then
   # shellcheck disable=SC2086
   stage quality 240 "$python" benchmarks/quality.py gpu --data "${NEUROGEN_TEXT:-no text in NEUROGEN_TEXT}" \
     ${QUALITY_OPTIONS:-}
+fi
+if wanted words; then
+  stage words 120 "$python" benchmarks/words.py --data "${NEUROGEN_WORDS:-no folder in NEUROGEN_WORDS}"
 fi
 
 if [[ -n ${OUT:-} ]]; then

@@ -1,6 +1,7 @@
 """Puts the records of results/ into the tables of the READMEs and of docs, between their markers."""
 
 import json
+import statistics
 from pathlib import Path
 
 import common
@@ -207,6 +208,28 @@ def quality_gpu():
     )
 
 
+def words():
+    """Validation of each precision at the end, and on the way."""
+    data = record("words")
+    recipe, rows = data["recipe"], data["rows"]
+    body = []
+    for precision in dict.fromkeys(row["precision"] for row in rows):
+        runs = [row for row in rows if row["precision"] == precision]
+        points = zip(*(row["curve"] for row in runs), strict=True)
+        losses = [common.spread([validation for _, _, validation in point]) for point in points]
+        rate = recipe["steps"] * recipe["streams"] * recipe["tokens"] / statistics.median(
+            row["train_seconds"] for row in runs)  # fmt: skip
+        body.append([precision, *(f"{found['median']:.3f}" for found in losses[:-1]), span(losses[-1], ".3f"),
+                     f"{rate:,.0f}"])  # fmt: skip
+    head = ["precision", *(f"step {step}" for step, _, _ in rows[0]["curve"]), "tokens/s"]
+    return table(head, body) + (
+        f"\n\nNats a word, of {recipe['vocab']:,}: WikiText-2, {data['words']['training'] / 1e6:.2f} M words "
+        f"to train on, preset `{recipe['preset']}`, {recipe['streams']} x {recipe['tokens']}, rate {recipe['lr']:g}, "
+        f"dropout {recipe['dropout']:g}; median of {recipe['seeds']} seeds (smallest to largest); a unigram model has "
+        f"{data['unigram_nats']:.3f}. {data['gpu']}, commit {data['commit']}."
+    )
+
+
 def ladder_run(backend):
     """(what was measured, {(rung, T): row}) of one backend; FileNotFoundError where it was not."""
     data = record("ladder")
@@ -280,7 +303,7 @@ def main():
         "cpu": cpu, "answer": answer, "quality": quality, "train_step": train_step, "quality_gpu": quality_gpu,
         "ladder_cuda": lambda: ladder_rungs("cuda"), "ladder_cpu": lambda: ladder_rungs("cpu"),
         "ladder_time": ladder_time, "growth": growth, "decoder": decoder, "ticks": ticks, "kernels": step_kernels,
-        "generation": generation,
+        "generation": generation, "words": words,
     }  # fmt: skip
     docs = HERE.parent / "docs"
     for path in (HERE.parent / "README.md", HERE / "README.md", docs / "FROM_10.md", docs / "PERFORMANCE.md"):

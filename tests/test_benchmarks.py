@@ -17,6 +17,7 @@ import pytest
 import tables
 import traces
 import train_step
+import words
 
 import neurogen_cy as ng
 from neurogen_cy.connectome import initial_parameters
@@ -348,6 +349,31 @@ def test_jax_learns_from_every_weight(monkeypatch):
     assert found[0] == pytest.approx(found[1], rel=1e-5) and tables.peer_kind(name) == "JAX scan"
     with pytest.raises(RuntimeError, match="jax: expected a backend for cuda, got cpu"):
         peers.alif("cuda", **SIZES)
+
+
+# ---- words ---------------------------------------------------------------------------------------------------------
+
+
+def test_words(tmp_path):
+    """A sentence over and over is learnt; rare words are one word; the record and its table say what was done."""
+    text = "the cat sat on the mat and the dog sat on the log\n"
+    (tmp_path / "train.txt").write_text(text * 40 + "a rare word\n")
+    (tmp_path / "valid.txt").write_text(text * 4)
+    assert words.words(tmp_path / "valid.txt")[-3:] == ["the", "log", words.END]
+    words.main([
+        "--data", str(tmp_path), "--preset", "tiny", "--vocab", "10", "--streams", "2", "--tokens", "8", "--steps", "6",
+        "--every", "3", "--seeds", "2", "--backend", "cpu", "--precisions", "fp32",
+    ])  # fmt: skip
+    record = read("words")
+    assert record["words"] == {"training": 40 * 14 + 4, "validation": 56}
+    line = [*text.split(), words.END]
+    share = [(40 * line.count(word) + (word == words.END) + 1) / (564 + 10) for word in line]
+    assert record["unigram_nats"] == pytest.approx(-np.log(share).mean(), abs=1e-4)
+    assert [row["seed"] for row in record["rows"]] == [0, 1]
+    assert [step for step, _, _ in record["rows"][1]["curve"]] == [3, 6]
+    assert record["rows"][0]["curve"] != record["rows"][1]["curve"]
+    made = tables.words().splitlines()
+    assert made[0] == "| precision | step 3 | step 6 | tokens/s |" and made[2].startswith("| fp32 | ")
 
 
 # ---- the script of all stages --------------------------------------------------------------------------------------

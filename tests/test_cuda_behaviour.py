@@ -16,7 +16,7 @@ import neurogen_cy as ng
 from neurogen_cy.connectome import initial_parameters
 
 pytestmark = pytest.mark.gpu
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "fp8")
 PAGE = 2 << 20  # bytes: what the driver hands out at a time
 PLAN_TOLERANCE = 0.05
 
@@ -59,7 +59,8 @@ def test_a_preset_trains_in_the_memory_that_was_planned(preset, B, T):
 
 @pytest.mark.parametrize(
     ("preset", "precision", "B", "T"),
-    [("tiny", "fp32", 3, 31), ("tiny", "bf16", 65, 31), ("base", "bf16", 4, 16)],
+    [("tiny", "fp32", 3, 31), ("tiny", "bf16", 65, 31), ("base", "bf16", 4, 16), ("tiny", "fp8", 65, 31),
+     ("base", "fp8", 4, 16)],
 )
 def test_two_runs_are_equal_bit_for_bit(preset, precision, B, T):
     cfg = ng.Config.preset(preset, dropout=0.1)

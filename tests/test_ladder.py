@@ -252,7 +252,8 @@ def test_time_on_a_device(make_model, monkeypatch, rung):
     clock = Stub({"kernels": 1.0, "copies": 0.1}, {"kernels": 4.0, "copies": 0.5})
     parts, device_s = ladder_time.parts(model, rung, 16, 100.0, reader, clock)
     assert (parts["brain_decoder"], parts["learning"], parts["copying"]) == (1.0, 3.0, 0.5) and device_s == 4.5
-    assert sum(parts.values()) == pytest.approx(100.0) and parts["synchronisation"] > 50
+    left = 100.0 - 4.5 - parts["allocation"] - parts["python"]  # the latter by the clock: all of it, where one stumbles
+    assert parts["synchronisation"] == pytest.approx(max(0.0, left))
     parts, device_s = ladder_time.parts(model, rung, 16, 100.0, reader, Stub(None, None))
     assert parts["synchronisation"] is None and device_s is None
 

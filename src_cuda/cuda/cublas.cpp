@@ -141,7 +141,8 @@ struct Shape {
   const float *scale_a = nullptr, *scale_b = nullptr;  // of bytes
 
   auto tie() const {
-    return std::make_tuple(a, b, c, transpose_a, transpose_b, m, n, k, lda, ldb, ldc, align_a, align_b, align_c, scale_a, scale_b);
+    return std::make_tuple(a, b, c, transpose_a, transpose_b, m, n, k, lda, ldb, ldc, align_a, align_b, align_c,
+                           scale_a, scale_b);
   }
   bool operator<(const Shape& other) const { return tie() < other.tie(); }
 };
@@ -235,7 +236,8 @@ void Cublas::multiply(cudaStream_t stream, bool transpose_a, bool transpose_b, i
 void Cublas::multiply_eight(cudaStream_t stream, int64_t m, int64_t n, int64_t k, const Bytes& a, const Bytes& b,
                             float beta, void* c, int64_t ldc, bool real_c) {
   const Shape shape{a.e5m2 ? CUDA_R_8F_E5M2 : CUDA_R_8F_E4M3, CUDA_R_8F_E4M3, real_c ? plans_->real : CUDA_R_32F,
-                    false, true, m, n, k, a.ld, b.ld, ldc, alignment(a.data), alignment(b.data), alignment(c), a.scale, b.scale};
+                    false, true, m, n, k, a.ld, b.ld, ldc, alignment(a.data), alignment(b.data), alignment(c),
+                    a.scale, b.scale};
   plans_->run(stream, shape, a.data, b.data, beta, c);
 }
 

@@ -59,6 +59,12 @@ __device__ inline KeptBlock flip(const BlockWeights<bf16>& weights, uint32_t sig
   return block;
 }
 
+// Which 16 bytes of eight rows of spikes a lane asks for: those of column n = lane / 4 of a product, for which it takes
+// row n / 2, or n / 2 + 4 where n is odd. What comes of a lane's columns, 2 q and 2 q + 1, is then of rows q and q + 4, so
+// that lanes store four neighbouring rows at once: two lines, where rows in order of columns were four.
+__device__ inline int own_piece(int lane) { return (lane & 4) << 2 | (lane & 24) >> 1 | (lane & 3); }
+__device__ inline int lane_of(int piece) { return (piece & 16) >> 2 | (piece & 12) << 1 | (piece & 3); }
+
 // x in a register, not computed again wherever it is used.
 __device__ inline unsigned held(unsigned x) { return __shfl_sync(0xffffffffu, x, threadIdx.x % 32); }
 // What is the same for all lanes, so that the compiler knows: it has registers of its own, of which there are enough.
@@ -80,15 +86,6 @@ __device__ inline void multiply_add(Sums (&sums)[kSteps], const KeptBlock& block
       }
     }
   }
-}
-
-// From shared memory each time, not kept in registers.
-__device__ inline float4 load4_again(const float* from) {
-  float4 x;
-  asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
-               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(from))));
-  return x;
 }
 
 // put4() and speak4() without a branch.
@@ -126,14 +123,14 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
   for (int i = threadIdx.x; i < kTermPieces; i += blockDim.x) shared[i] = silent;
   __syncthreads();
   const Share& share = call.shares[blockIdx.x % call.base_grid];
-  const int lane = held(threadIdx.x % 32), warp = same(threadIdx.x / 32), copy = same(warp / share.tiles);
+  const int piece = held(own_piece(threadIdx.x % 32)), warp = same(threadIdx.x / 32), copy = same(warp / share.tiles);
   if (copy >= copies) return;  // several warps have a tile, but no more than that
   const unsigned own_bytes = sizeof(WarpTables) + most_chunks * sizeof(WideState);
   unsigned room = (1 + copies * share.terms) * kWideRingBytes, far = room + copies * share.tiles * own_bytes;
   room += warp * own_bytes;
   WarpTables& tables = *reinterpret_cast<WarpTables*>(reinterpret_cast<char*>(shared) + same(room));
   WideState* const states = reinterpret_cast<WideState*>(&tables + 1);
-  const auto far_block = [&] { return reinterpret_cast<uint4*>(reinterpret_cast<char*>(shared) + far) + lane; };
+  const auto far_block = [&] { return reinterpret_cast<uint4*>(reinterpret_cast<char*>(shared) + far) + piece; };
   unsigned present;            // bits: slots that are not empty; kGated and so on
   uint32_t rings[2] = {0, 0};  // bytes, slot by slot: the ring's number, 0 = silence
   KeptBlock blocks[kHeldBlocks];
@@ -141,6 +138,7 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
     const Place place(call);
     present = fill_tables(call, *place.tile, tables);
     unsigned ring = 1 + copy * share.terms + place.tile->terms[0];
+    const int lane = threadIdx.x % 32;
     const bool before = lane < place.own && wide_far(place.tile[lane - place.own].terms);
     far = same(far + (__popc(__ballot_sync(0xffffffffu, before)) * copies + copy) * kWideFarBytes);
 #pragma unroll
@@ -168,14 +166,15 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
   }
   __syncwarp();
   let_later_start();
-  const auto receiver = [&] { return lane / 4 * 4; };
-  const auto row_of = [&](int column) { return column / 2 * kRows + lane % 4 * 2 + column % 2; };  // in an item
+  const auto receiver = [&] { return lane_of(piece) / 4 * 4; };
+  const auto constants = [&](int which) { return load4(&tables.constants[which][receiver()]); };
+  const auto row_of = [&](int column) { return column * (kRows / 2) + piece % 4; };  // in an item
   const auto gated = [&] { return (present & kGated) != 0; };
   const auto ring = [&](int j) {
     unsigned at;  // computed each time: lanes have no register to keep it in
     asm volatile("mad.lo.u32 %0, %1, 16, %2;"
                  : "=r"(at)
-                 : "r"(lane), "r"((rings[j / 4] >> j % 4 * 8 & 0xff) * static_cast<unsigned>(kWideRingBytes)));
+                 : "r"(piece), "r"((rings[j / 4] >> j % 4 * 8 & 0xff) * static_cast<unsigned>(kWideRingBytes)));
     return reinterpret_cast<uint4*>(reinterpret_cast<char*>(shared) + at);
   };
   const auto source = [&](int j) { return in_global<const bf16>(const_cast<bf16*>(tables.sources[j])); };
@@ -183,7 +182,7 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
   // nothing comes. (Panels and carried spikes have such rows behind them.)
   const auto ask = [&](int j, int row0, unsigned slots) {
     if (!(slots >> j & 1)) return;
-    const bf16* const from = source(j) + (row0 * kBlock + lane * 8);
+    const bf16* const from = source(j) + (row0 * kBlock + piece * 8);
     uint4* const to = ring(j);
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) __pipeline_memcpy_async(to + i * 32, from + i * kStepValues, sizeof(uint4));
@@ -211,11 +210,11 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) {
           const int stream = first + min(begin + chunk * stride + row_of(i), streams - 1);
-          recall(tables, stream, call.max_spike, states[chunk].past[i][lane], states[chunk].w[i][lane]);
+          recall(tables, stream, call.max_spike, states[chunk].past[i][piece], states[chunk].w[i][piece]);
         }
       }
       if (chunks == 1) left = last_left;
-      if (lane == 0) {
+      if (piece == 0) {
         tables.chunks = chunks, tables.last_left = last_left, tables.leap = call.streams - (chunks - 1) * stride;
       }
     }
@@ -243,7 +242,7 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
 
       int age[kSteps];  // of the lane's row of each step: tokens since its stream's last reset
 #pragma unroll
-      for (int i = 0; i < kSteps && Resets; ++i) age[i] = call.age[row0 + min(i * kRows + lane / 4, left - 1)];
+      for (int i = 0; i < kSteps && Resets; ++i) age[i] = call.age[row0 + min(i * kRows + piece / 4, left - 1)];
 
       Sums sums[kSteps];  // of the gates, then of the drives, then I
       const auto take = [&](int i, float4 x) {
@@ -268,7 +267,7 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
         }
         // Sign bits: whether this is still missing, of a row that is there, of a source that can be.
         const auto late = [&](int k, int i) {
-          const unsigned x = unspoken(heard[k][i], call.sign) & (lane / 4 + i * kRows - left);
+          const unsigned x = unspoken(heard[k][i], call.sign) & (piece / 4 + i * kRows - left);
           return kFirst + k < kFirstDelayed ? x & ~(present << (31 - kEmbedded - kFirst - k)) : x;
         };
         const auto missing = [&] {
@@ -288,7 +287,7 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
 #pragma unroll
             for (int i = 0; i < kSteps; ++i) {
               if (!sign_bit(late(k, i))) continue;
-              heard[k][i] = peek(source(kFirst + k) + (row0 * kBlock + lane * 8 + i * kStepValues));
+              heard[k][i] = peek(source(kFirst + k) + (row0 * kBlock + piece * 8 + i * kStepValues));
             }
           }
         }
@@ -309,7 +308,7 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
         }
       };
       const auto ask_next = [&](int begin, int end) { ask_all(begin, end, next_row0, asked); };
-      const auto offset = [](int i) { return i / 2 * kStepValues + i % 2 * kBlock; };
+      const auto offset = [](int i) { return i * (kRows / 2 * kBlock); };
       const auto own_panel = [&](bf16* panel) {
         return in_global<bf16>(panel) + ((row0 + row_of(0)) * kBlock + receiver());
       };
@@ -317,7 +316,7 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
 
 #pragma unroll
       for (int i = 0; i < kSteps; ++i) zero(sums[i]);
-      hear(Slot<0>{}, Slot<kFarSlot>{});
+      if (gated()) hear(Slot<0>{}, Slot<kFarSlot>{});
       if (present >> kFarSlot & 1) hear(Slot<kFarSlot>{}, Slot<kFirstDrive>{});
       ask_next(0, kFirstDrive);
       Four<bf16> gates[kColumns];
@@ -331,12 +330,12 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
           store_if<false>(own(i), g + offset(i), gates[i]);
         }
       }
-      const float4 bias = load4(&tables.constants[5][receiver()]);
+      const float4 bias = constants(5);
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) take(i, bias);
       hear(Slot<kFirstDrive>{}, Slot<kFirstDelayed - 1>{});
       ask_next(kFirstDrive, kFirstDelayed - 1);
-      hear(Slot<kFirstDelayed - 1>{}, Slot<kFirstDelayed>{});
+      if (present >> (kFirstDelayed - 1) & 1) hear(Slot<kFirstDelayed - 1>{}, Slot<kFirstDelayed>{});
       ask_next(kFirstDelayed - 1, kFirstDelayed);
       if (gated()) {
         bf16* const d = own_panel(tables.d);
@@ -347,58 +346,67 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
           take(i, {x.x * gate.x, x.y * gate.y, x.z * gate.z, x.w * gate.w});
         }
       }
-      hear(Slot<kFirstDelayed>{}, Slot<kSlots - 1>{});
-      hear(Slot<kSlots - 1>{}, Slot<kSlots>{});
+      if (present >> kFirstDelayed & 1) hear(Slot<kFirstDelayed>{}, Slot<kSlots - 1>{});
+      if (present >> (kSlots - 1) & 1) hear(Slot<kSlots - 1>{}, Slot<kSlots>{});
       if (turn && next_token <= call.longest_delay) find_sources(call, next_token, tables);
       ask_next(kFirstDelayed, kSlots);
 
       // What the embedding says to the next token was written before the launch, and is far away by now.
       constexpr int kLines = kSteps * kStepValues * sizeof(bf16) / 128;
-      static_assert(2 * kLines <= 32, "a line a lane");
-      if (lane < 2 * kLines && present & (lane < kLines ? kEmbeddedGate : kEmbeddedDrive) && token < call.tokens - 1) {
-        const bf16* there = tables.sources[lane < kLines ? 0 : kFirstDrive] + (row0 + call.streams) * kBlock;
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(there + lane % kLines * 64));
+      static_assert(2 * kLines <= 32 && kEmbeddedDrive == kEmbeddedGate >> 1, "a line a lane");
+      const int drives = piece / kLines;  // or gates
+      if (piece < 2 * kLines && present & kEmbeddedGate >> drives && token < call.tokens - 1) {
+        const bf16* there = tables.sources[drives * kFirstDrive] + (row0 + call.streams) * kBlock;
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(there + piece % kLines * 64));
       }
 
       WideState& state = states[chunk];
       const bool last = token == call.tokens - 1;  // then v itself is kept, for the calls after this one
       float alpha[4], gain[4];
-      as_array(alpha, load4(&tables.constants[0][receiver()])), as_array(gain, load4(&tables.constants[1][receiver()]));
-      const auto again = [&](int which) { return load4_again(&tables.constants[which][receiver()]); };
+      as_array(alpha, constants(0)), as_array(gain, constants(1));
       bf16 *const s_at = own_panel(tables.s), *const u_at = own_panel(tables.u);
+      const auto begins = [&](int i) {  // a stream of the lane, after a reset
+        return Resets && __shfl_sync(0xffffffffu, age[i / 2], (piece % 4 * 2 + i % 2) * 4) == 0;
+      };
+      float v[kColumns][4];
+      Four<bf16> spikes[kColumns];
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) {
-        float past[4], w[4], v[4], s[4];
-        as_array(past, state.past[i][lane]), as_array(w, state.w[i][lane]), as_array(v, give(i));
-        if (Resets && __shfl_sync(0xffffffffu, age[i / 2], (lane % 4 * 2 + i % 2) * 4) == 0) {
-          as_array(past, float4{0, 0, 0, 0}), as_array(w, float4{0, 0, 0, 0});
-        }
+        float past[4], s[4];
+        as_array(past, state.past[i][piece]), as_array(v[i], give(i));
+        if (begins(i)) as_array(past, float4{0, 0, 0, 0});
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          v[j] = fmaf(gain[j], v[j], past[j]);
-          s[j] = emit(v[j], call.max_spike);
+          v[i][j] = fmaf(gain[j], v[i][j], past[j]);
+          s[j] = emit(v[i][j], call.max_spike);
         }
-        const Four<bf16> spikes = pack<bf16>({s[0], s[1], s[2], s[3]});
-        store_if<true>(own(i), s_at + offset(i), flip(spikes, call.sign));
-        store_if<false>(own(i), u_at + offset(i), pack<bf16>({v[0] - 1.0f, v[1] - 1.0f, v[2] - 1.0f, v[3] - 1.0f}));
-        spoken += own(i) ? spikes_of(spikes) : 0;
-        as_array(s, unpack<bf16>(spikes));
-        float rho[4], a[4], b[4];
-        as_array(rho, again(2)), as_array(a, again(3)), as_array(b, again(4));
+        spikes[i] = pack<bf16>({s[0], s[1], s[2], s[3]});
+        store_if<true>(own(i), s_at + offset(i), flip(spikes[i], call.sign));
+        store_if<false>(own(i), u_at + offset(i),
+                        pack<bf16>({v[i][0] - 1.0f, v[i][1] - 1.0f, v[i][2] - 1.0f, v[i][3] - 1.0f}));
+        spoken += own(i) ? spikes_of(spikes[i]) : 0;
+      }
+      float rho[4], a[4], b[4];
+      as_array(rho, constants(2)), as_array(a, constants(3)), as_array(b, constants(4));
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) {
+        float past[4], w[4], s[4];
+        as_array(w, state.w[i][piece]), as_array(s, unpack<bf16>(spikes[i]));
+        if (begins(i)) as_array(w, float4{0, 0, 0, 0});
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          w[j] = fmaf(rho[j], w[j], fmaf(a[j], v[j], b[j] * s[j]));
-          past[j] = last ? v[j] : past_of(v[j], w[j], s[j], alpha[j]);
+          w[j] = fmaf(rho[j], w[j], fmaf(a[j], v[i][j], b[j] * s[j]));
+          past[j] = last ? v[i][j] : past_of(v[i][j], w[j], s[j], alpha[j]);
         }
-        state.past[i][lane] = {past[0], past[1], past[2], past[3]};
-        state.w[i][lane] = {w[0], w[1], w[2], w[3]};
+        state.past[i][piece] = {past[0], past[1], past[2], past[3]};
+        state.w[i][piece] = {w[0], w[1], w[2], w[3]};
       }
       if (last) {
 #pragma unroll 1
         for (int i = 0; i < kColumns; ++i) {
           if (!own(i)) continue;
           const int stream = row0 - token * call.streams + row_of(i);
-          remember(tables, stream, state.past[i][lane], state.w[i][lane], call.verdict);
+          remember(tables, stream, state.past[i][piece], state.w[i][piece], call.verdict);
         }
       }
       if (turn && (next_token & counted) == 0) add_counts();

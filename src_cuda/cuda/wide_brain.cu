@@ -178,14 +178,21 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
     return reinterpret_cast<uint4*>(reinterpret_cast<char*>(shared) + at);
   };
   const auto source = [&](int j) { return in_global<const bf16>(const_cast<bf16*>(tables.sources[j])); };
-  // All sixteen rows, also those that are not there: spare rows, of the next token or of other streams, of which
-  // nothing comes. (Panels and carried spikes have such rows behind them.)
-  const auto ask = [&](int j, int row0, unsigned slots) {
-    if (!(slots >> j & 1)) return;
-    const bf16* const from = source(j) + (row0 * kBlock + piece * 8);
-    uint4* const to = ring(j);
+  // Slots [begin, end), all sixteen rows, also those that are not there: spare rows, of the next token or of other
+  // streams, of which nothing comes. (Panels and carried spikes have such rows behind them.) All places first, then all
+  // copies: they would wait for each place.
+  const auto ask = [&](int begin, int end, int row0, unsigned slots) {
+    const bf16* from[kSlots];
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) __pipeline_memcpy_async(to + i * 32, from + i * kStepValues, sizeof(uint4));
+    for (int j = begin; j < end; ++j) from[j] = source(j) + (row0 * kBlock + piece * 8);
+#pragma unroll
+    for (int j = begin; j < end; ++j) {
+      if (!(slots >> j & 1)) continue;
+      uint4* const to = ring(j);
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) __pipeline_memcpy_async(to + i * 32, from[j] + i * kStepValues, sizeof(uint4));
+    }
+    __pipeline_commit();
   };
   uint32_t spoken = 0;
   const auto add_counts = [&] {
@@ -220,13 +227,8 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
     }
     find_sources(call, 0, tables);
     int token = 0, chunk = 0, row0 = first + begin;
-    const auto ask_all = [&](int begin, int end, int row0, unsigned slots) {
-#pragma unroll
-      for (int j = begin; j < end; ++j) ask(j, row0, slots);
-      __pipeline_commit();
-    };
-    ask_all(0, kFirstDrive, row0, present), ask_all(kFirstDrive, kFirstDelayed - 1, row0, present);
-    ask_all(kFirstDelayed - 1, kFirstDelayed, row0, present), ask_all(kFirstDelayed, kSlots, row0, present);
+    ask(0, kFirstDrive, row0, present), ask(kFirstDrive, kFirstDelayed - 1, row0, present);
+    ask(kFirstDelayed - 1, kFirstDelayed, row0, present), ask(kFirstDelayed, kSlots, row0, present);
 #pragma unroll 1
     while (token < call.tokens) {
       // The item after this one; there is none where next_left is 0. What a walk is told comes from memory each time.
@@ -307,7 +309,7 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
           }
         }
       };
-      const auto ask_next = [&](int begin, int end) { ask_all(begin, end, next_row0, asked); };
+      const auto ask_next = [&](int begin, int end) { ask(begin, end, next_row0, asked); };
       const auto offset = [](int i) { return i * (kRows / 2 * kBlock); };
       const auto own_panel = [&](bf16* panel) {
         return in_global<bf16>(panel) + ((row0 + row_of(0)) * kBlock + receiver());

@@ -34,7 +34,7 @@ struct WarpTables {
   int* counts;                  // of spikes
   int width;                    // of a row of v
   int delays[kSlots - kFirstDelayed];
-  int chunks, last_left, leap, unused[3];  // what a walk is told (wide_brain.cu)
+  int unused[2];  // the rest of 16 bytes
 };
 static_assert(sizeof(WarpTables) == kRegisterTableBytes, "the host plans with it");
 static_assert(sizeof(WarpTables) % sizeof(uint4) == 0, "states follow");

@@ -13,7 +13,7 @@ namespace neurogen::cuda {
 // How many terms of each kind (gates, drives, delayed) a tile may have.
 constexpr int kRegisterSlots[3] = {2, 3, 3};
 // Bytes of shared memory of a warp: its tables.
-constexpr size_t kRegisterTableBytes = 6 * kBlock * 4 + (8 + 4 + 5) * 8 + 10 * 4;
+constexpr size_t kRegisterTableBytes = 6 * kBlock * 4 + (8 + 4 + 5) * 8 + 6 * 4;
 // What a warp keeps of v and w; columns: streams that a lane has.
 constexpr size_t register_state_bytes(int columns) { return size_t{2} * columns * 32 * 16; }
 // That of few streams (register_brain.cu): warps of a block of threads, streams of a warp at most, and the blocks of a

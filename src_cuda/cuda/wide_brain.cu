@@ -208,35 +208,26 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1)
               begin = same((blockIdx.x / call.base_grid + copy * replicas) * kWideStreams),
               stride = same(copies * replicas * kWideStreams);
     if (begin >= streams) break;
-    __syncwarp();  // all have read what the group before was told
-    int left = kWideStreams;
-    {
-      const int chunks = (streams - begin + stride - 1) / stride;
-      const int last_left = min(streams - begin - (chunks - 1) * stride, kWideStreams);
-      for (int chunk = 0; chunk < chunks; ++chunk) {
+    const int chunks = same((streams - begin + stride - 1) / stride), before_last = (chunks - 1) * stride,
+              last_left = same(min(streams - begin - before_last, kWideStreams)),
+              leap = same(call.streams - before_last);
+    for (int chunk = 0; chunk < chunks; ++chunk) {
 #pragma unroll
-        for (int i = 0; i < kColumns; ++i) {
-          const int stream = first + min(begin + chunk * stride + row_of(i), streams - 1);
-          recall(tables, stream, call.max_spike, states[chunk].past[i][piece], states[chunk].w[i][piece]);
-        }
-      }
-      if (chunks == 1) left = last_left;
-      if (piece == 0) {
-        tables.chunks = chunks, tables.last_left = last_left, tables.leap = call.streams - (chunks - 1) * stride;
+      for (int i = 0; i < kColumns; ++i) {
+        const int stream = first + min(begin + chunk * stride + row_of(i), streams - 1);
+        recall(tables, stream, call.max_spike, states[chunk].past[i][piece], states[chunk].w[i][piece]);
       }
     }
     find_sources(call, 0, tables);
-    int token = 0, chunk = 0, row0 = first + begin;
+    int token = 0, chunk = 0, row0 = first + begin, left = chunks == 1 ? last_left : kWideStreams;
     ask(0, kFirstDrive, row0, present), ask(kFirstDrive, kFirstDelayed - 1, row0, present);
     ask(kFirstDelayed - 1, kFirstDelayed, row0, present), ask(kFirstDelayed, kSlots, row0, present);
 #pragma unroll 1
     while (token < call.tokens) {
-      // The item after this one; there is none where next_left is 0. What a walk is told comes from memory each time.
-      const volatile WarpTables& told = tables;
-      const int chunks = same(told.chunks), last_left = same(told.last_left);
+      // The item after this one; there is none where next_left is 0.
       const bool turn = chunk == chunks - 1;
       const int next_token = token + turn, next_chunk = turn ? 0 : chunk + 1,
-                next_row0 = row0 + (turn ? same(told.leap) : stride),
+                next_row0 = row0 + (turn ? leap : stride),
                 next_left = next_token == call.tokens  ? 0
                             : next_chunk == chunks - 1 ? last_left
                                                        : kWideStreams;

@@ -287,7 +287,7 @@ void CudaModel::learn(bool accumulate) {
                                                                accumulate);
   launched();
   weight_gradients(accumulate);
-  embedding_gradient();
+  embedding_gradient(accumulate);
 }
 
 }  // namespace neurogen::cuda

@@ -12,8 +12,9 @@
 namespace neurogen::cuda {
 namespace {
 
-constexpr int kTileCost = 4;      // a neuron update costs about as much as this many blocks
-constexpr int kQuartetTerms = 8;  // from so many terms on a quartet pays
+constexpr int kTileCost = 4;        // a neuron update costs about as much as this many blocks
+constexpr int kLeastRectangle = 8;  // blocks
+constexpr int kQuartetTerms = 8;    // from so many terms on a quartet pays
 
 // Blocks of the embedding that a tile hears, on average, up to which the brain launch multiplies by them: cheaper than
 // writing their sums to memory (4 bytes a neuron) and reading them there. Many are cheaper for all tokens at once.
@@ -173,7 +174,7 @@ void CudaModel::lay_out_connectome() {
   list(embed_pull_, dim_tiles, embed_pull);
   list(hear_, dim_tiles, hear);
   tile_names_ = arena_.take<TileName>(part, tiles_);
-  groups_ = arena_.take<SourceGroup>(part, most_groups());
+  groups_ = arena_.take<BlockGroup>(part, most_groups(blocks_));
   rectangles_ = arena_.take<Rectangle>(part, rectangles);
   inside_.usable = drive + gate <= kInsideTerms * tiles_;
   for (BrainPlan* plan : {&outside_, &inside_}) {
@@ -187,16 +188,12 @@ void CudaModel::lay_out_connectome() {
   lay_out_dense(brain);
 }
 
-// Groups of blocks with a source in common, at most: full ones, and a rest for every tile that is heard (twice where
-// dropout tells delayed receivers from the others).
-int64_t CudaModel::most_groups() const { return blocks_ / kGroup + 2 * int64_t{tiles_} + spec_.dim / kBlock; }
-
 // Does the gradient of this block belong to a rectangle? The first of a projection is the largest. One of a few blocks
 // is not worth it, for it takes as long as a full one.
 bool CudaModel::wide(const ProjectionSpec& p, int64_t row, int64_t col) const {
   const int64_t rows = spec_.width(p.dst) / kBlock, columns = spec_.width(p.src) / kBlock;
   if (!spec_.bf16 || p.blocks_per_row != columns) return false;
-  return rectangle_part(row, rows, kRectangleRows) * rectangle_part(col, columns, kRectangleColumns) >= kGroup;
+  return rectangle_part(row, rows, kRectangleRows) * rectangle_part(col, columns, kRectangleColumns) >= kLeastRectangle;
 }
 
 // Errors at the receivers of a projection (after the reverse scan), row 0.
@@ -214,11 +211,12 @@ const void* CudaModel::heard_by(const ProjectionSpec& p) const {
 }
 
 void CudaModel::build_lists() {
+  divide_brain();
   const int64_t dim_tiles = spec_.dim / kBlock;
   ListBuilder drive(tiles_), gate(tiles_), pull(tiles_), embed_pull(dim_tiles), hear(dim_tiles);
   // Terms of the brain launch by tile: gates, drives, delayed.
   std::vector<std::array<std::vector<Term>, 3>> brain(tiles_);
-  std::map<const void*, std::vector<SourceGroup>> groups;  // by what they hear
+  std::vector<LearntBlock> learnt, learnt_embedded;  // but for rectangles
   std::vector<Rectangle> rectangles;
   const auto at = [&](const void* panels, int64_t panel) {
     return static_cast<const char*>(panels) + panel * panel_values() * real_size();
@@ -242,14 +240,9 @@ void CudaModel::build_lists() {
       const Term forward{at(heard_by(p), col), block, kStreamed, p.delay, p.src, panel, 0};
       const Term backward{at(error_of(p), row), block, kStreamed, 0, -1, 0, 0};
       if (!wide(p, row, col)) {
-        std::vector<SourceGroup>& heard = groups[forward.source];
-        if (heard.empty() || heard.back().count == kGroup) {
-          heard.push_back({forward.source, embedded ? -1 : p.src, panel, 0, 0, {}});
-        }
-        SourceGroup& group = heard.back();
-        group.longest_delay = std::max(group.longest_delay, p.delay);
-        group.jobs[group.count++] = {backward.source, p.delay, block};
-      } else if (row % kRectangleRows == 0 && col % kRectangleColumns == 0) {
+        (embedded ? learnt_embedded : learnt)
+            .push_back({{forward.source, 0, embedded ? -1 : p.src, panel}, {backward.source, p.delay, -1, 0}, block});
+      } else if (embedded_in_rectangles_ |= embedded; row % kRectangleRows == 0 && col % kRectangleColumns == 0) {
         rectangles.push_back({backward.source, forward.source, embedded ? -1 : p.src, panel, p.delay,
                               static_cast<int32_t>(rectangle_part(row, rows, kRectangleRows)),
                               static_cast<int32_t>(rectangle_part(col, columns, kRectangleColumns)), block,
@@ -304,9 +297,22 @@ void CudaModel::build_lists() {
     }
     most_pulled_.push_back(static_cast<int>(most));
   }
-  std::vector<SourceGroup> listed;
-  for (const auto& [source, some] : groups) listed.insert(listed.end(), some.begin(), some.end());
+  // As many groups as multiprocessors work on at a time, or a multiple, so that all have something to do to the end.
+  const auto grouped = [&](const std::vector<LearntBlock>& blocks) {
+    const int64_t count = static_cast<int64_t>(blocks.size()), at_once = int64_t{kGroupsAtOnce} * processors_,
+                  turns = (count + at_once * kGroupBlocks - 1) / (at_once * kGroupBlocks),
+                  most = turns ? (count + turns * at_once - 1) / (turns * at_once) : 0;
+    return group_blocks(blocks, static_cast<int>(std::max<int64_t>(most, kLeastGroup)));
+  };
+  std::vector<BlockGroup> listed = grouped(learnt);
+  const std::vector<BlockGroup> embedded = grouped(learnt_embedded);
+  embedded_groups_ = static_cast<int64_t>(embedded.size());
+  listed.insert(listed.end(), embedded.begin(), embedded.end());
   group_count_ = static_cast<int64_t>(listed.size());
+  for (const auto& terms : embed_pull.of) {
+    most_embedded_ = std::max(most_embedded_, static_cast<int>(terms.size()));
+    embedded_terms_ += static_cast<int64_t>(terms.size());
+  }
   upload(groups_, listed);
   rectangle_count_ = static_cast<int64_t>(rectangles.size());
   upload(rectangles_, rectangles);
@@ -328,7 +334,6 @@ void CudaModel::build_lists() {
   }
   clear(x_, spec_.dim);
   clear(readout_error_, spec_.dim);
-  divide_brain();
   plan_launch(outside_, names, brain);
   if (!inside_.usable) return;
   for (int tile = 0; tile < tiles_; ++tile) {  // the embedding's first: nobody waits for it

@@ -101,21 +101,37 @@ struct BrainPlan {
   std::vector<std::pair<size_t, int>> wide_shares;  // of each: bytes of shared memory but for v and w; tiles
 };
 
-// One weight block for the weight-gradient kernel.
-struct BlockJob {
-  const void* error;  // row 0 of the receivers' panel
-  int32_t delay;
+// What the gradients of blocks are made of, see multiply_errors_kernel: panels of sources and of errors.
+struct GroupPanel {
+  const void* row0;
+  int32_t delay;          // of errors: tokens from a source's row to theirs
+  int32_t region, panel;  // of sources: their carried spikes, where some block is delayed; region -1: the embedding
+};
+
+// Blocks whose gradients a block of threads computes, and all panels that they need: those of sources first.
+constexpr int kGroupBlocks = 26, kGroupPanels = 28, kGroupsAtOnce = 2;  // kGroupsAtOnce: of a multiprocessor
+struct GroupBlock {
+  int32_t block;
+  int16_t source, error;  // panels of the group
+};
+struct BlockGroup {
+  int32_t sources, panels, blocks, longest_delay;
+  GroupPanel panel[kGroupPanels];
+  GroupBlock block[kGroupBlocks];
+};
+
+// A block to be put into a group.
+struct LearntBlock {
+  GroupPanel source, error;
   int32_t block;
 };
 
-// Blocks that hear the same 32 sources.
-constexpr int kGroup = 8;
-struct SourceGroup {
-  const void* source;     // row 0 of a panel
-  int32_t region, panel;  // their carried spikes, where longest_delay > 0
-  int32_t longest_delay, count;
-  BlockJob jobs[kGroup];
-};
+// Groups of up to `most` blocks that have few panels (block_groups.cpp).
+std::vector<BlockGroup> group_blocks(const std::vector<LearntBlock>& blocks, int most);
+
+// That makes no more groups than these.
+constexpr int kLeastGroup = 5;
+constexpr int64_t most_groups(int64_t blocks) { return blocks / kLeastGroup + 2; }
 
 // Neighbouring blocks of a dense projection, whose gradients are computed together: up to kRectangleRows x
 // kRectangleColumns of them.

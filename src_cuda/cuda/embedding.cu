@@ -126,11 +126,15 @@ void CudaModel::clear_embedding_gradient() {
   launched();
 }
 
-void CudaModel::embedding_gradient() {
-  with_real(spec_.bf16, [&](auto real) {
-    launched(multiply_blocks<decltype(real)>(stream_.get(), embed_pull_, transposed_blocks_, rows_, 0,
-                                             spec_.dim / kBlock, StoreError{dx_, spec_.dim}));
-  });
+void CudaModel::embedding_gradient(bool accumulate) {
+  if (const int ranges = embedding_ranges()) {
+    credit_embedding(ranges, accumulate);
+  } else {
+    with_real(spec_.bf16, [&](auto real) {
+      launched(multiply_blocks<decltype(real)>(stream_.get(), embed_pull_, transposed_blocks_, rows_, 0,
+                                               spec_.dim / kBlock, StoreError{dx_, spec_.dim}));
+    });
+  }
   name_rows_kernel<<<static_cast<int>((rows_ + 255) / 256), 256, 0, stream_.get()>>>(ids_, rows_, sort_keys_,
                                                                                      sort_rows_);
   launched();

@@ -154,7 +154,6 @@ class CudaModel final : public Model {
   }
 
   // connectome.cpp: the lists of terms, tiles and jobs
-  int64_t most_groups() const;
   bool wide(const ProjectionSpec& p, int64_t row, int64_t col) const;
   const void* error_of(const ProjectionSpec& p) const;
   const void* heard_by(const ProjectionSpec& p) const;
@@ -275,7 +274,9 @@ class CudaModel final : public Model {
 
   // embedding.cu
   void clear_embedding_gradient();
-  void embedding_gradient();
+  void embedding_gradient(bool accumulate);
+  int embedding_ranges() const;
+  void credit_embedding(int ranges, bool accumulate);
   size_t sort_bytes() const;
   void check_sort_bytes() const;
 
@@ -336,10 +337,13 @@ class CudaModel final : public Model {
   TileName* tile_names_ = nullptr;                            // [tiles]
   ProductList embed_drive_, embed_gate_, pull_, embed_pull_;  // receivers: tiles, tiles, tiles, D/32
   ProductList hear_;                                          // receivers: D/32
-  SourceGroup* groups_ = nullptr;
+  BlockGroup* groups_ = nullptr;
   Rectangle* rectangles_ = nullptr;
   int64_t group_count_ = 0, rectangle_count_ = 0;
-  std::vector<int> most_pulled_;  // of every level: terms of pull_ of a tile, at most
+  int64_t embedded_groups_ = 0, embedded_terms_ = 0;  // the last groups: what hears the embedding; its blocks
+  int most_embedded_ = 0;                             // of 32 values
+  bool embedded_in_rectangles_ = false;               // some of their gradients are
+  std::vector<int> most_pulled_;                      // of every level: terms of pull_ of a tile, at most
   // Brain launch: base_grid_ shares, each worked on by up to replicas_ blocks of threads that divide the streams.
   std::string brain_wanted_, credit_wanted_;  // NEUROGEN_BRAIN, NEUROGEN_CREDIT
   int processors_ = 0, base_grid_ = 0, replicas_ = 0, stream_group_ = 0;

@@ -72,10 +72,18 @@ def sparse_brain(**fields):
     return ng.Config(97, 96, regions, projections, **{"max_spike": 4.0, **fields})
 
 
+def airy_brain():
+    """The same where nothing hears all of the embedding: from 2,048 rows on a kernel of its own learns from it."""
+    cfg = sparse_brain()
+    thin = (dataclasses.replace(p, density=0.67) if p.src == "embedding" else p for p in cfg.projections)
+    return dataclasses.replace(cfg, projections=tuple(thin))
+
+
 BRAINS = {
     "tiny": ng.Config.preset("tiny"),
     "dropout": ng.Config.preset("tiny", dropout=0.1),
     "sparse": sparse_brain(),
+    "airy": airy_brain(),
     "tied": sparse_brain(tie_decoder=True, dropout=0.2),
     "binary": sparse_brain(graded=False, surrogate_k=2.0, max_spike=None),
     "wordy": ng.Config.preset("tiny", vocab_size=5003),  # rows that walk_rows_kernel takes, with five values of padding
@@ -92,6 +100,7 @@ CASES = [
     ("sparse", 3, 512, True),
     ("sparse", 65, 512, False),
     ("sparse", 130, 31, True),
+    ("airy", 130, 31, True),
     ("tied", 130, 2, True),
     ("tied", 3, 31, False),
     ("binary", 65, 31, True),
